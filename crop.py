@@ -1,0 +1,637 @@
+"""crop.py: image files -> context, exemplars, correlation maps (paper 3.2, Figure 3).
+
+A *context* is a random crop of an image. *Exemplars* are smaller, rotated, stretched and recoloured
+crops of the context. The *map* of an exemplar is 1 where its box covers the context. Nobody labels
+anything: the map follows from the numbers that cut the exemplar.
+
+The file reads in the order in which an image travels:
+
+    1. image sources     folders, generated shapes, torchvision's data sets
+    2. the context       decoded, cropped and resized to uint8 in the loader's workers
+    3. the geometry      uniform numbers -> boxes -> affine matrices -> exemplars and maps (Fig. 3)
+    4. transformations   colour jitter, gray, blur, solarise, drawn per exemplar (Table 1d)
+    5. make_pairs        3 and 4 in one call, batched on the device
+    6. the picture       contact_sheet, `python crop.py PHOTO`, `python crop.py --bench FOLDER`
+
+Uniform numbers in, crops out: sections 3 to 5 hold no random state, so the same numbers give the
+same pairs on any machine and on any number of processes. Letters: B contexts, K exemplars of each,
+m and n the sides of context and exemplar in pixels. Coordinates are PyTorch's: x to the right,
+y down, both in [-1, 1] over the outer edges of the context (align_corners=False).
+"""
+
+import argparse
+import json
+import math
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont, ImageOps
+
+
+class InputError(ValueError):
+    """Something the user gave cannot work. The message names it and says what would be right."""
+
+
+# ----------------------------------------------------------------------------- 1. image sources
+# A source has len(source), source.open(i) -> PIL image, source.name(i), labels[i] and classes.
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+BUILT_IN = ("shapes", "imagenette", "cifar10", "stl10")
+DOWNLOADS = "data"  # the folder that torchvision's data sets are downloaded to
+
+
+def find_images(root):
+    """Paths below `root` at any depth, relative to it, sorted; links are followed, loops end."""
+    found = []
+
+    def walk(folder, above):
+        real = os.path.realpath(folder)
+        if real in above:  # a symbolic link back to a folder that we are in
+            return
+        for entry in os.scandir(folder):
+            if entry.name.startswith("."):  # .thumbnails, ._photo.jpg
+                continue
+            if os.path.isdir(entry.path) if entry.is_symlink() else entry.is_dir():
+                walk(entry.path, above | {real})
+            elif entry.name.lower().endswith(EXTENSIONS):
+                found.append(os.path.relpath(entry.path, root))
+
+    walk(root, frozenset())
+    return sorted(found)
+
+
+class Folder:
+    """Images in a folder tree; the first folder level is the class, -1 for images outside any.
+
+    classes: names of the class folders to keep, in label order (None: all of them, sorted).
+    Raises InputError when the folder or one of the classes is missing, or when no image is found.
+    """
+
+    def __init__(self, root, classes=None):
+        if not os.path.isdir(root):
+            raise InputError(f"there is no folder {root!r}: --data takes a folder of images or "
+                             f"one of {', '.join(BUILT_IN)}")
+        self.root = root
+        pairs = [(p, p.split(os.sep)[0] if os.sep in p else None) for p in find_images(root)]
+        found = {c for _, c in pairs if c is not None}
+        self.classes = sorted(found) if classes is None else list(classes)
+        missing = [c for c in self.classes if c not in found]
+        if missing:
+            raise InputError(f"{root!r} has no images of {len(missing)} classes: "
+                             f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}")
+        number = {c: k for k, c in enumerate(self.classes)} | ({None: -1} if not classes else {})
+        self.paths = [p for p, c in pairs if c in number]
+        self.labels = [number[c] for _, c in pairs if c in number]
+        if not self.paths:
+            raise InputError(f"no images in {root!r}; looked at any depth for {' '.join(EXTENSIONS)}")
+
+    def __len__(self):
+        return len(self.paths)
+
+    def name(self, i):
+        return os.path.join(self.root, self.paths[i])
+
+    def open(self, i):
+        return Image.open(self.name(i))
+
+
+class Arrays:
+    """Images that torchvision holds in memory: uint8 [N, h, w, 3]."""
+
+    def __init__(self, title, images, labels, classes):
+        self.title, self.images, self.labels, self.classes = title, images, labels, classes
+
+    def __len__(self):
+        return len(self.images)
+
+    def name(self, i):
+        return f"{self.title} image {i}"
+
+    def open(self, i):
+        return Image.fromarray(self.images[i])
+
+
+class Shapes:
+    """Generated scenes: a textured background, small shapes, and one main shape, the class.
+
+    Scene i of a split is a function of (split, i) alone; train and val share no scene.
+    """
+
+    classes = ["circle", "ring", "half", "triangle", "square", "star", "cross", "arrow"]
+    SIDE = 96  # pixels
+    SIZES = {"train": 20_000, "val": 2_000}
+    ROUND = np.linspace(0, 2 * np.pi, 41)
+    CORNERS = {  # polygons in the unit circle
+        "circle": np.stack([np.cos(ROUND), np.sin(ROUND)], 1),
+        "ring": np.stack([np.cos(ROUND), np.sin(ROUND)], 1),
+        "half": np.stack([np.cos(ROUND / 2), np.sin(ROUND / 2)], 1),
+        "triangle": np.array([(0, -1), (0.87, 0.5), (-0.87, 0.5)]),
+        "square": np.array([(-0.75, -0.75), (0.75, -0.75), (0.75, 0.75), (-0.75, 0.75)]),
+        "star": np.array([(math.sin(k * math.pi / 5), -math.cos(k * math.pi / 5))
+                          for k in range(10)]) * np.array([1, 0.45] * 5)[:, None],
+        "cross": np.array([(-.3, -1), (.3, -1), (.3, -.3), (1, -.3), (1, .3), (.3, .3),
+                           (.3, 1), (-.3, 1), (-.3, .3), (-1, .3), (-1, -.3), (-.3, -.3)]),
+        "arrow": np.array([(0, -1), (.8, -.1), (.3, -.1), (.3, 1), (-.3, 1), (-.3, -.1), (-.8, -.1)]),
+    }
+
+    def __init__(self, split):
+        self.split, self.number = split, list(self.SIZES).index(split)
+        self.labels = [i % len(self.classes) for i in range(self.SIZES[split])]
+
+    def __len__(self):
+        return len(self.labels)
+
+    def name(self, i):
+        return f"shapes {self.split} scene {i}"
+
+    def open(self, i):
+        rng = np.random.default_rng((self.number, i))
+        colours = Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8))
+        scene = colours.resize((self.SIDE, self.SIDE), Image.BICUBIC)
+        scene = Image.blend(scene, self._texture(rng, self.SIDE), 0.35)
+        for _ in range(rng.integers(3, 7)):
+            self._draw(scene, rng, self.classes[rng.integers(8)], rng.uniform(0.08, 0.2))
+        self._draw(scene, rng, self.classes[self.labels[i]], rng.uniform(0.26, 0.38))
+        return scene
+
+    def _texture(self, rng, side):
+        """Two colours mixed by a product of two plane waves: stripes, checks or a smooth ramp."""
+        at = np.arange(side, dtype=np.float32) * (2 * math.pi / self.SIDE)
+        waves = np.float32(1)
+        for frequency in (rng.uniform(0.3, 9), max(0, rng.uniform(-9, 9))):
+            a, phase = rng.random(2, np.float32) * np.float32(2 * math.pi)
+            x, y = at * (frequency * math.cos(a)) + phase, at[:, None] * (frequency * math.sin(a))
+            waves = waves * np.cos(x + y)
+        mix = np.clip(0.5 + waves * rng.uniform(0.5, 2), 0, 1)[..., None]
+        low, high = rng.random((2, 3), np.float32) * 255
+        return Image.fromarray((low + (high - low) * mix).astype(np.uint8))
+
+    def _draw(self, scene, rng, shape, radius):
+        """Paste one turned, stretched, textured shape of `radius` (a fraction of the side)."""
+        radius *= self.SIDE
+        side = 2 * math.ceil(radius) + 1
+        left, top = rng.uniform(-0.3 * radius, self.SIDE - 1.7 * radius, 2).astype(int)
+        turn, stretch = rng.uniform(0, 2 * math.pi), rng.uniform(0.8, 1.0)
+        c, s = math.cos(turn), math.sin(turn)
+        outline = (self.CORNERS[shape] * [1, stretch]) @ [[c, s], [-s, c]] * radius
+        mask = Image.new("L", (side, side))
+        draw = ImageDraw.Draw(mask)
+        draw.polygon((outline + side / 2).ravel().tolist(), fill=255)
+        if shape == "ring":
+            draw.polygon((outline * 0.55 + side / 2).ravel().tolist(), fill=0)
+        scene.paste(self._texture(rng, side), (left, top), mask)
+
+
+def read_classes(path):
+    """The class folders named in a file, one a line (None for an empty path: all of them)."""
+    if not path:
+        return None
+    try:
+        with open(path, encoding="utf-8") as f:
+            names = f.read().split()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read the class list {path!r}: {error}") from error
+    if not names or len(set(names)) < len(names):
+        raise InputError(f"{path!r} should name each class folder once, one a line")
+    return names
+
+
+def open_images(data, split, classes=None):
+    """The source for `data`, a folder or one of BUILT_IN, and a split, 'train' or 'val'.
+
+    A folder is taken as it is, whatever the split: its caller knows where train/ and val/ are.
+    Raises InputError: no such folder, no images, a class list that does not fit, no download.
+    """
+    if data not in BUILT_IN:
+        return Folder(data, classes)
+    if data == "shapes":
+        source = Shapes(split)
+    else:
+        from torchvision import datasets
+        try:
+            if data == "imagenette":
+                folder = datasets.Imagenette(DOWNLOADS, split, size="320px", download=True)
+                return Folder(folder._image_root, classes)
+            if data == "cifar10":
+                d = datasets.CIFAR10(DOWNLOADS, train=split == "train", download=True)
+                source = Arrays("CIFAR-10 " + split, d.data, d.targets, d.classes)
+            else:
+                d = datasets.STL10(DOWNLOADS, {"train": "train+unlabeled", "val": "test"}[split],
+                                   download=True)
+                source = Arrays("STL-10 " + split, d.data.transpose(0, 2, 3, 1),
+                                d.labels.tolist(), d.classes)
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"could not download {data!r} to {DOWNLOADS!r} ({error}); "
+                             "--data=shapes needs no download") from error
+    if classes is not None:
+        raise InputError(f"--classes picks class folders; {data!r} is not a folder")
+    return source
+
+
+def pretraining_split(data, seed, classes=None, held_out=256):
+    """Images to train on and at most `held_out` fixed ones to measure on: no labels needed.
+
+    Returns ((source, indices), (source, indices), a sentence that says what was chosen).
+    """
+    def place(split):
+        return data if data in BUILT_IN else os.path.join(data, split)
+
+    split_up = data in BUILT_IN or os.path.isdir(place("train"))
+    train = open_images(place("train") if split_up else data, "train", classes)
+    rng = np.random.default_rng((seed, 1))  # 1: the split
+    if split_up and (data in BUILT_IN or os.path.isdir(place("val"))):
+        val = open_images(place("val"), "val", classes)
+        rows = sorted(rng.permutation(len(val))[:held_out].tolist())
+        return ((train, list(range(len(train)))), (val, rows),
+                f"{len(train)} images of the train split; {len(rows)} of the val split held out")
+    order = rng.permutation(len(train)).tolist()
+    count = min(held_out, max(1, len(train) // 20))
+    return ((train, sorted(order[count:])), (train, sorted(order[:count])),
+            f"{len(train) - count} images; no val split, so {count} more, drawn with the seed, "
+            "are held out")
+
+
+# ------------------------------------------------------------------------------- 2. the context
+
+def draw_crop(rng, width, height, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
+    """RandomResizedCrop's box (left, top, width, height) in pixels, not rounded."""
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        w, h = math.sqrt(area * aspect), math.sqrt(area / aspect)
+        if w <= width and h <= height:
+            return rng.uniform(0, width - w), rng.uniform(0, height - h), w, h
+    w, h = min(width, height * ratio[1]), min(height, width / ratio[0])  # too long an image
+    return (width - w) / 2, (height - h) / 2, w, h
+
+
+def to_rgb(image):
+    """Any Pillow mode to 8-bit RGB; 16-bit gray keeps its high byte."""
+    if image.mode.startswith("I"):
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def cut_context(image, rng, size, scale=(0.5, 1.0), flip=0.5):
+    """PIL image -> random crop, mirrored with probability `flip`, bicubic to uint8 [3, size, size].
+
+    A JPEG is asked to decode at the smallest of 1, 1/2, 1/4, 1/8 that still has `size` pixels in
+    the crop (Pillow's draft): the DCT does most of the shrinking for free.
+    """
+    turn = image.getexif().get(0x0112, 1)  # the EXIF orientation; from 5 on the photo lies on its side
+    width, height = image.size[::-1] if turn >= 5 else image.size
+    left, top, w, h = draw_crop(rng, width, height, scale)
+    shrink = size / min(w, h)
+    image.draft("RGB", (math.ceil(image.width * shrink), math.ceil(image.height * shrink)))
+    image = to_rgb(ImageOps.exif_transpose(image) if turn > 1 else image)
+    fx, fy = image.width / width, image.height / height
+    box = (left * fx, top * fy, min((left + w) * fx, image.width), min((top + h) * fy, image.height))
+    image = image.resize((size, size), Image.BICUBIC, box=box)
+    if rng.random() < flip:
+        image = image.transpose(Image.FLIP_LEFT_RIGHT)
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+class Contexts(torch.utils.data.Dataset):
+    """(epoch, i) -> (context, failures): uint8 [3, size, size] and a list of (name, reason).
+
+    The crop is drawn from (seed, epoch, i) alone. An image that cannot be read is replaced by the
+    next one that can; after `patience` failures in a row the context is None.
+    """
+
+    def __init__(self, source, indices, size, seed):
+        self.source, self.indices, self.size, self.seed = source, indices, size, seed
+        self.patience = bad_images_allowed(len(indices)) + 1
+
+    def __len__(self):
+        return len(self.indices)
+
+    def __getitem__(self, key):
+        epoch, i = key
+        failures = []
+        for k in range(min(self.patience, len(self))):
+            j = self.indices[(i + k) % len(self)]
+            try:
+                with self.source.open(j) as image:
+                    rng = np.random.default_rng((self.seed, 3, epoch, i))  # 3: contexts
+                    return cut_context(image, rng, self.size), failures
+            except Exception as error:  # Pillow raises many kinds on damaged files
+                failures.append((self.source.name(j), str(error) or type(error).__name__))
+        return None, failures
+
+
+def bad_images_allowed(count):
+    """Unreadable images that a data set of `count` may hold: three, or 1% if that is more."""
+    return max(3, count // 100)
+
+
+def collate(samples):
+    """Samples of Contexts -> (uint8 [B, 3, m, m], or None where nothing was left; failures)."""
+    failures = [f for _, fs in samples for f in fs]
+    contexts = [c for c, _ in samples]
+    return (None if any(c is None for c in contexts) else torch.stack(contexts)), failures
+
+
+# ------------------------------------------------------------------------------ 3. the geometry
+
+def largest_area(ratio, rotation):
+    """The area r0 of the largest box that fits the context at any aspect and angle allowed.
+
+    ratio: (low, high) of r1; rotation: degrees. With q the ratio furthest from 1 the worst angle is
+    atan(1/q), where q / (1 + q^2) is left: 0.5 for squares, 0.300 at q = 3, 0.235 at q = 4.
+    """
+    q = max(ratio[1], 1 / ratio[0])
+    a = min(math.radians(rotation), math.atan(1 / q))
+    return 1 / (math.sqrt(q) * math.cos(a) + math.sin(a) / math.sqrt(q)) ** 2
+
+
+def check_crops(scale, ratio, rotation):
+    """Raise InputError unless boxes of these ranges exist at every angle and aspect."""
+    if not 0 < scale[0] <= scale[1] <= 1:
+        raise InputError(f"scale {scale} must be 0 < low <= high <= 1 (areas r0)")
+    if not 0 < ratio[0] <= ratio[1]:
+        raise InputError(f"ratio {ratio} must be 0 < low <= high (aspects r1 = h / w)")
+    if not 0 <= rotation <= 180:
+        raise InputError(f"rotation {rotation} must be between 0 and 180 degrees")
+    largest = largest_area(ratio, rotation)
+    if scale[0] > largest + 1e-9:
+        raise InputError(f"scale starts at {scale[0]:.3g}, but with ratio up to "
+                         f"{max(ratio[1], 1 / ratio[0]):.3g} and rotation up to {rotation:g} degrees "
+                         f"only boxes of area up to {largest:.3f} fit the context at every angle")
+
+
+def sample_boxes(u, scale=(0.05, 1.0), ratio=(1 / 3, 3.0), rotation=45.0, flip=0.5):
+    """Uniforms u [..., 6] in [0, 1) -> boxes [..., 6] = (cx, cy, w, h, angle, flip). Figure 3.
+
+    cx, cy, w, h: centre and side lengths as fractions of the context's side, origin at its top
+    left. angle in radians, positive from x (right) towards y (down). flip: -1 mirrors, else +1.
+    scale: range of the area r0 = w h; ratio: range of r1 = h / w, log-uniform; rotation: largest
+    |angle| in degrees; flip: probability of a mirrored exemplar.
+
+    Angle and r1 are drawn first, then r0 uniformly up to the largest box that fits at that angle
+    and r1, then a centre among those that keep the box inside: closed form, nothing is rejected.
+    DEVIATION: the paper's r0 in (0, 1) starts at 0.05 here. Raises InputError: impossible ranges.
+    """
+    check_crops(scale, ratio, rotation)
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    r1 = torch.exp(low + (high - low) * u[..., 1])
+    angle = math.radians(rotation) * (2 * u[..., 2] - 1)
+    cos, sin = angle.cos().abs(), angle.sin().abs()
+    w, h = r1.rsqrt(), r1.sqrt()  # a box of area 1
+    extent = torch.stack([w * cos + h * sin, w * sin + h * cos], -1)  # of its upright bounding box
+    largest = extent.amax(-1).pow(-2).clamp(max=scale[1])
+    r0 = scale[0] + (largest - scale[0]).clamp(min=0) * u[..., 0]
+    side = r0.sqrt()[..., None]
+    centre = 0.5 + (1 - side * extent).clamp(min=0) * (u[..., 3:5] - 0.5)
+    size = side * torch.stack([w, h], -1)
+    sign = torch.where(u[..., 5] < flip, -1.0, 1.0).to(u)
+    return torch.cat([centre, size, angle[..., None], sign[..., None]], -1)
+
+
+def affine_from_boxes(boxes):
+    """Boxes [..., 6] -> theta [..., 2, 3]: exemplar coordinates [-1, 1] to context coordinates."""
+    cx, cy, w, h, angle, flip = boxes.unbind(-1)
+    cos, sin = angle.cos(), angle.sin()
+    return torch.stack([
+        torch.stack([flip * w * cos, -h * sin, 2 * cx - 1], -1),
+        torch.stack([flip * w * sin, h * cos, 2 * cy - 1], -1)], -2)
+
+
+def crop_exemplars(context, theta, size):
+    """Cut theta [B, K, 2, 3] out of float contexts [B, 3, m, m] -> [B, K, 3, size, size].
+
+    A context side squeezed into `size` pixels would alias, so each exemplar pixel is the mean of
+    s x s bilinear samples, s = ceil(m / size / 1.25): the samples of even the largest box lie at
+    most 1.25 context pixels apart. The K grids of a context are stacked along their height, so that
+    no context is copied. Nothing is normalised here.
+    """
+    B, K = theta.shape[:2]
+    s = math.ceil(context.shape[-1] / size / 1.25)
+    grid = F.affine_grid(theta.flatten(0, 1), [B * K, 3, s * size, s * size], align_corners=False)
+    grid = grid.view(B, K * s * size, s * size, 2)
+    samples = F.grid_sample(context, grid, "bilinear", "border", align_corners=False)
+    return F.avg_pool2d(samples, s).unflatten(2, (K, size)).transpose(1, 2)
+
+
+def rasterize_maps(theta, size):
+    """theta [B, K, 2, 3] -> maps [B, K, size, size]: 1 where a pixel's centre lies in the box.
+
+    The inverse affine grid takes each pixel centre of the context to exemplar coordinates, where
+    the box is the square [-1, 1] x [-1, 1].
+    """
+    (a, b, x), (c, d, y) = (row.unbind(-1) for row in theta.unbind(-2))
+    det = a * d - b * c
+    inverse = torch.stack([
+        torch.stack([d, -b, b * y - d * x], -1),
+        torch.stack([-c, a, c * x - a * y], -1)], -2) / det[..., None, None]
+    shape = [inverse[..., 0, 0].numel(), 1, size, size]
+    grid = F.affine_grid(inverse.flatten(0, -3), shape, align_corners=False)
+    return (grid.abs().amax(-1) <= 1).to(theta.dtype).view(*theta.shape[:-2], size, size)
+
+
+# --------------------------------------------------------------------------- 4. transformations
+# torchvision's v2 transforms draw one set of numbers for a whole batch; these take one per image.
+
+GRAY = (0.299, 0.587, 0.114)  # ITU-R 601, as torchvision
+MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+
+
+def to_gray(x):
+    """[..., 3, n, n] -> luminance [..., 1, n, n]."""
+    return (x * x.new_tensor(GRAY).view(3, 1, 1)).sum(-3, keepdim=True)
+
+
+def shift_hue(x, shift):
+    """Turn the hue of x [..., 3, n, n] in [0, 1] by `shift` [..., 1, 1, 1], a fraction of a turn."""
+    high, low = x.amax(-3, keepdim=True), x.amin(-3, keepdim=True)
+    chroma = high - low
+    r, g, b = ((x - low) / chroma.clamp(min=1e-8)).split(1, -3)
+    sector = torch.where(r == 1, g - b, torch.where(g == 1, 2 + b - r, 4 + r - g))  # RGB -> HSV
+    k = (x.new_tensor([5.0, 3.0, 1.0]).view(3, 1, 1) + sector + 6 * shift) % 6
+    return high - chroma * torch.minimum(k, 4 - k).clamp(0, 1)  # HSV -> RGB in closed form
+
+
+def gaussian_blur(x, sigma):
+    """Blur x [..., n, n] by a Gaussian of `sigma` [..., 1, 1] pixels, its weights renormalised at
+    the border: a row and a column matrix for each image, so one batched product each."""
+    at = torch.arange(x.shape[-1], device=x.device, dtype=x.dtype)
+    weights = (-(at[:, None] - at) ** 2 / (2 * sigma**2)).softmax(-1)  # [..., n, n]
+    return weights @ x @ weights.mT
+
+
+def transform(x, u, jitter=0.8, gray=0.2, blur=0.5, solarize=0.2):
+    """Recolour and blur images x [..., 3, n, n] in [0, 1], each by its own uniforms u [..., 9].
+
+    jitter: brightness, contrast, saturation by up to 0.4, 0.4, 0.2 and hue by 0.1 of a turn; gray;
+    blur with sigma 0.1 to 2 pixels; solarize: invert what is brighter than 0.5. Each argument is
+    the probability of one; 0 turns it off. The mirror of Table 1d is the flip of sample_boxes.
+    DEVIATION: the four jitters are applied in this order, where torchvision shuffles them.
+    """
+    u = [v[..., None, None, None] for v in u.unbind(-1)]
+
+    def apply(p, k, y):
+        return torch.where(u[k] < p, y, x) if p > 0 else x
+
+    def factor(k, spread):
+        return 1 + spread * (2 * u[k] - 1)
+
+    if jitter > 0:
+        y = (x * factor(1, 0.4)).clamp(0, 1)
+        c = factor(2, 0.4)
+        y = (c * y + (1 - c) * to_gray(y).mean((-2, -1), keepdim=True)).clamp(0, 1)
+        s = factor(3, 0.2)
+        y = (s * y + (1 - s) * to_gray(y)).clamp(0, 1)
+        x = apply(jitter, 0, shift_hue(y, 0.2 * u[4] - 0.1))
+    if gray > 0:
+        x = apply(gray, 5, to_gray(x).expand_as(x))
+    if blur > 0:
+        x = apply(blur, 6, gaussian_blur(x, 0.1 + 1.9 * u[7]))
+    if solarize > 0:
+        x = apply(solarize, 8, torch.where(x >= 0.5, 1 - x, x))
+    return x
+
+
+def normalize(x):
+    """[..., 3, n, n] in [0, 1] -> zero mean and unit variance by ImageNet's statistics."""
+    return (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
+
+
+# -------------------------------------------------------------------------------- 5. make_pairs
+
+UNIFORMS = 15  # numbers drawn for each exemplar: six for its box, nine to transform it
+
+
+def make_pairs(context, u, exemplar_size=64, scale=(0.05, 1.0), ratio=(1 / 3, 3.0), rotation=45.0,
+               flip=0.5, transforms="exemplar", jitter=0.8, gray=0.2, blur=0.5, solarize=0.2):
+    """uint8 contexts [B, 3, m, m], uniforms u [B, K + 1, 15] -> context, exemplars, maps, theta.
+
+    Row k < K of u makes exemplar k, row K transforms the context where transforms says so:
+    'context', 'exemplar', 'both' or 'none' (Table 1d). Images come back normalised.
+    """
+    context = context.float() / 255
+    theta = affine_from_boxes(sample_boxes(u[:, :-1, :6], scale, ratio, rotation, flip))
+    exemplars = crop_exemplars(context, theta, exemplar_size)
+    maps = rasterize_maps(theta, context.shape[-1])
+    if transforms in ("exemplar", "both"):
+        exemplars = transform(exemplars, u[:, :-1, 6:], jitter, gray, blur, solarize)
+    if transforms in ("context", "both"):
+        context = transform(context, u[:, -1, 6:], jitter, gray, blur, solarize)
+    return normalize(context), normalize(exemplars), maps, theta
+
+
+# -------------------------------------------------------------------------------- 6. the picture
+
+COLOURS = ["#e6194b", "#ffb000", "#3cb44b", "#00b4d8", "#7b61ff", "#f032e6"]
+
+
+def contact_sheet(context, exemplars, maps, theta, logits=None, tile=96):
+    """A picture of normalised pairs: context with its boxes, exemplars, maps, predicted maps.
+
+    context [B, 3, m, m], exemplars [B, K, 3, n, n], maps and logits [B, K, m, m], theta
+    [B, K, 2, 3], on the CPU -> PIL image, one band for each of the B contexts. The side of a box
+    that is the top of its exemplar is drawn thick; a mirrored exemplar has a dotted frame.
+    """
+    def paint(x):  # [3, h, w] normalised -> PIL image
+        x = x * x.new_tensor(STD).view(3, 1, 1) + x.new_tensor(MEAN).view(3, 1, 1)
+        return Image.fromarray((x.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
+
+    def heat(p, picture):  # [m, m] in [0, 1]: the context in gray, lit up where p is high
+        back = np.asarray(picture.convert("L"), dtype=np.float32)[..., None] * 0.45
+        glow = np.array([255, 196, 0]) * 0.75 + back * 0.55
+        p = p.numpy()[..., None]
+        return Image.fromarray((back * (1 - p) + glow * p).clip(0, 255).astype(np.uint8))
+
+    B, K = theta.shape[:2]
+    rows = ["exemplars", "maps"] + ([] if logits is None else ["predicted"])
+    gap, margin = tile // 12, tile * 3 // 4
+    big = len(rows) * (tile + gap) - gap
+    width = gap + big + margin + K * (tile + gap)
+    sheet = Image.new("RGB", (width, gap + B * (big + 2 * gap) - gap), "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(tile // 7)
+    for b in range(B):
+        picture, top = paint(context[b]), gap + b * (big + 2 * gap)
+        sheet.paste(picture.resize((big, big), Image.BICUBIC), (gap, top))
+        for r, name in enumerate(rows):
+            y = top + r * (tile + gap)
+            draw.text((gap + big + margin - 4, y + tile // 2), name, "#333333", font, anchor="rm")
+        for k in range(K):
+            colour, x = COLOURS[k % len(COLOURS)], gap + big + margin + k * (tile + gap)
+            square = torch.tensor([[-1, -1, 1], [1, -1, 1], [1, 1, 1], [-1, 1, 1.0]])
+            corners = (square @ theta[b, k].T + 1) / 2 * big + torch.tensor([gap, top])
+            corners = [tuple(c) for c in corners.tolist()]
+            draw.line([*corners, corners[0]], colour, max(1, tile // 48))
+            draw.line(corners[:2], colour, tile // 16)
+            tiles = [paint(exemplars[b, k]), heat(maps[b, k], picture)]
+            if logits is not None:
+                tiles.append(heat(logits[b, k].float().sigmoid(), picture))
+            for r, image in enumerate(tiles):
+                y = top + r * (tile + gap)
+                sheet.paste(image.resize((tile, tile), Image.BICUBIC), (x, y))
+                draw.rectangle([x, y, x + tile - 1, y + tile - 1], None, colour, tile // 48)
+            draw.line([x, top, x + tile - 1, top], colour, tile // 16)
+    return sheet
+
+
+def bench(folder, seconds=3.0, rounds=5):
+    """Contexts a second that one core decodes and crops, and the calls that its time goes to."""
+    import cProfile
+    import pstats
+    torch.set_num_threads(1)
+    source = Folder(folder)
+    contexts = Contexts(source, list(range(len(source))), size=160, seed=0)
+
+    def run():
+        began, n = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds:
+            contexts[0, n % len(contexts)]
+            n += 1
+        return n / (time.perf_counter() - began)
+
+    run()  # the first round reads the files from the disk
+    rates = sorted(run() for _ in range(rounds))
+    with cProfile.Profile() as profile:
+        run()
+    stats = pstats.Stats(profile)
+    share = {key[2]: round(own / stats.total_tt, 3) for key, (_, _, own, _, _) in sorted(
+        stats.stats.items(), key=lambda item: -item[1][2])[:6]}
+    return {"bench": "contexts", "images_per_s": round(rates[rounds // 2], 1),
+            "slowest": round(rates[0], 1), "fastest": round(rates[-1], 1), "n": len(source),
+            "context_size": 160, "share_of_time": share}
+
+
+def main():
+    """Write a contact sheet of one photo, or measure one core."""
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="Crops of one photo as a "
+                                     "contact sheet: context, six exemplars, six maps.")
+    parser.add_argument("photo", nargs="?", help="an image file")
+    parser.add_argument("--out", default="crops.png", help="the picture to write (%(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="another seed, other crops")
+    parser.add_argument("--bench", metavar="FOLDER", help="contexts/s of one core, as JSON")
+    args = parser.parse_args()
+    try:
+        if args.bench:
+            return print(json.dumps(bench(args.bench)))
+        if not args.photo:
+            raise InputError("name a photo, or --bench FOLDER (see --help)")
+        try:
+            with Image.open(args.photo) as image:
+                context = cut_context(image, np.random.default_rng(args.seed), size=480)
+        except Exception as error:  # Pillow raises many kinds on damaged files
+            raise InputError(f"cannot read {args.photo!r} as an image: {error}") from error
+        u = torch.rand(1, 7, UNIFORMS, generator=torch.Generator().manual_seed(args.seed))
+        pairs = make_pairs(context[None], u, exemplar_size=192)  # 3 x the paper's 160 and 64
+        try:
+            contact_sheet(*pairs, tile=192).save(args.out)
+        except (OSError, ValueError) as error:
+            raise InputError(f"cannot write {args.out!r}: {error}") from error
+        print(f"wrote {args.out}: the context, its six exemplars and their maps")
+    except InputError as error:
+        sys.exit(f"crop.py: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,771 @@
+"""pretrain.py: self-supervised pre-training by Correlational Image Modeling (Table 9).
+
+    python pretrain.py --preset=demo                                  a laptop, a few minutes
+    python pretrain.py --preset=imagenette                            one GPU
+    torchrun --nproc_per_node=8 pretrain.py --data=/data/imagenet     the paper's run
+
+In the order in which things happen:
+
+    1. Config       every field is a flag; the defaults are Table 9; PRESETS are other values
+    2. command line parse_config
+    3. the machine  processes, device, precision
+    4. the data     which image goes into which step, on which process
+    5. schedules    learning rate and tau, optimiser groups
+    6. files        atomic checkpoints, the log
+    7. measuring    skill on held-out images, maps.png
+    8. main         the loop
+
+A run is a function of its config and seed: the images, crops and uniform numbers of step s are
+seeded by (seed, s) alone, so the number of workers and processes, the micro-batch and
+interruptions change nothing but the rounding of floats, and a checkpoint needs no loader state.
+"""
+
+import contextlib
+import dataclasses
+import difflib
+import inspect
+import json
+import math
+import os
+import re
+import resource
+import signal
+import sys
+import time
+from argparse import SUPPRESS, ArgumentParser
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import crop
+from crop import InputError
+from model import CIM, ENCODERS, ResNet50
+
+
+# ------------------------------------------------------------------------------------ 1. Config
+
+@dataclass(frozen=True)
+class Config:
+    """The paper's recipe, Table 9. A field's comment is its line in --help."""
+
+    preset: str = "paper"  # paper, imagenette or demo: values only, flags go before them
+    # where
+    data: str = "data/imagenet"  # a folder of images, or shapes, imagenette, cifar10, stl10
+    classes: str = ""  # a file with the names of the class folders to keep, one a line
+    out: str = "out/pretrain"  # the run's folder: config.json, log.jsonl, ckpt.pt, encoder.pt
+    # crops (Table 1)
+    context_size: int = 160  # pixels
+    exemplar_size: int = 64  # pixels
+    exemplars: int = 6  # of each context
+    scale: tuple = (0.05, 1.0)  # area r0 of an exemplar, as a fraction of the context
+    ratio: tuple = (1 / 3, 3.0)  # aspect r1 = h / w, log-uniform
+    rotation: float = 45.0  # largest angle, degrees
+    flip: float = 0.5  # probability of a mirrored exemplar
+    transforms: str = "exemplar"  # what is recoloured: exemplar, context, both or none
+    jitter: float = 0.8  # probability of colour jitter
+    gray: float = 0.2  # probability of gray
+    blur: float = 0.5  # probability of Gaussian blur
+    solarize: float = 0.2  # probability of solarisation
+    # model
+    model: str = "vit_b16"  # the encoder
+    decoder_width: int = 512  # channels, a multiple of 32; one head for each 32
+    decoder_depth: int = 1  # cross-attention layers
+    freeze_patch_embed: bool = True  # keep a ViT's patch embedding as initialised
+    # optimisation
+    epochs: int = 300  # passes over the images
+    warmup_epochs: float = 40.0  # of linear warm-up of the learning rate
+    batch_size: int = 4096  # contexts a step, over all processes
+    lr: float = 2.4e-3  # peak learning rate at a batch of lr_batch
+    lr_batch: int = 4096  # the batch that lr is meant for; another one scales it linearly
+    weight_decay: float = 0.05  # of matrices; not of biases, norms and the cls token
+    beta1: float = 0.9  # AdamW
+    beta2: float = 0.95  # AdamW
+    clip: float = 1.0  # largest norm of the gradient; 0 does not clip
+    tau: float = 0.99  # target decay (Eq. 3) at the start, on its way to 1 by a cosine
+    seed: int = 0  # of everything random
+    max_steps: int = 0  # stop early, schedules still span epochs; 0 does not
+    # machine: free to change when a run goes on
+    micro_batch: int = 0  # contexts a process handles at once; 0 picks one that divides
+    device: str = "auto"  # auto, cpu, cuda or mps
+    dtype: str = "auto"  # auto, float32 or bfloat16; auto is bfloat16 where the chip multiplies it
+    compile: str = "auto"  # auto, true or false; auto compiles on CUDA
+    workers: int = -1  # loader processes for each training process; -1 uses the cores at hand
+    log_every: int = 10  # steps
+    eval_every: int = 500  # steps between looks at held-out images; 0 looks at the end only
+    save_every: int = 1000  # steps between checkpoints; 0 goes by save_minutes only
+    save_minutes: float = 15.0  # minutes between checkpoints; 0 goes by save_every only
+    bench: int = 0  # time so many steps, print one JSON line and save nothing
+
+    def __post_init__(self):
+        """Raise InputError for values that cannot work, before any work starts."""
+        choices = {"preset": PRESETS, "model": ENCODERS, "compile": ("auto", "true", "false"),
+                   "device": ("auto", "cpu", "cuda", "mps"), "dtype": ("auto", *DTYPES),
+                   "transforms": ("exemplar", "context", "both", "none")}
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                raise InputError(f"--{name} {getattr(self, name)!r}: choose one of "
+                                 f"{', '.join(allowed)}")
+        positive = ("context_size", "exemplar_size", "exemplars", "decoder_width", "decoder_depth",
+                    "epochs", "batch_size", "lr", "lr_batch", "log_every")
+        for f in dataclasses.fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, (int, float)) and f.name != "workers" and (
+                    not math.isfinite(value) or value < 0 or (value == 0 and f.name in positive)):
+                bound = "above 0" if f.name in positive else "0 or more"
+                raise InputError(f"--{f.name} {value} must be {bound}")
+        for name in ("flip", "jitter", "gray", "blur", "solarize", "tau", "beta1", "beta2"):
+            if getattr(self, name) > 1:
+                raise InputError(f"--{name} {getattr(self, name)} must be at most 1")
+        if self.decoder_width % 32:
+            raise InputError(f"--decoder_width {self.decoder_width} is no multiple of 32")
+        stride = ENCODERS[self.model][2] if ENCODERS[self.model] else ResNet50.stride
+        for name in ("context_size", "exemplar_size"):
+            if getattr(self, name) % stride:
+                raise InputError(f"--{name} {getattr(self, name)} is no multiple of {stride}, the "
+                                 f"stride of {self.model}")
+        crop.check_crops(self.scale, self.ratio, self.rotation)
+
+
+PRESETS = {
+    "paper": {},
+    "imagenette": dict(data="imagenette", out="out/imagenette", model="vit_s16", batch_size=512,
+                       eval_every=90, save_every=900),
+    "demo": dict(data="shapes", out="out/demo", model="vit_d8", context_size=64, exemplar_size=32,
+                 decoder_width=128, freeze_patch_embed=False, epochs=2, warmup_epochs=0.1,
+                 batch_size=32, lr=1e-3, lr_batch=32, log_every=25, eval_every=250, save_every=500),
+}
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+# Fields that may differ when a run goes on: they change where and how fast it runs, not what.
+FREE = ("out", "micro_batch", "device", "dtype", "compile", "workers", "log_every", "eval_every",
+        "save_every", "save_minutes", "max_steps", "bench", "preset")
+
+
+# ------------------------------------------------------------------------------ 2. command line
+
+def parse_config(Config, presets, argv=None, description=None):
+    """The command line as a Config: flags beat the preset's values, which beat the defaults.
+
+    `--name value` and `--name=value` both work; pairs take two numbers, `--ratio 1/3 3` or
+    `--ratio=1/3,3`; booleans take true or false. Exits with status 2 and one sentence on a wrong
+    name or type; raises InputError for values that cannot work.
+    """
+    def boolean(text):
+        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
+            text.lower()]
+
+    def number(text):
+        return float(Fraction(text))  # 1/3 is a number too
+
+    notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    parser = ArgumentParser(allow_abbrev=False, argument_default=SUPPRESS, description=description)
+    for f in dataclasses.fields(Config):
+        kind = type(f.default)
+        how = {bool: dict(type=boolean, nargs="?", const=True), float: dict(type=number),
+               tuple: dict(nargs="+", metavar=("LOW", "HIGH"))}.get(kind, dict(type=kind))
+        shown = f"{notes[f.name]} ({f.default})".replace("%", "%%")
+        parser.add_argument("--" + f.name, **{"metavar": kind.__name__.upper(), "help": shown, **how})
+    values, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        name = word.split("=")[0]
+        near = difflib.get_close_matches(name, ["--" + f.name for f in dataclasses.fields(Config)], 1)
+        parser.error(f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else "")
+                     if word.startswith("-") else f"{word!r} does not belong to a flag")
+    values = vars(values)
+    for name, value in values.items():
+        if isinstance(value, list):
+            try:
+                value = tuple(number(x) for x in ",".join(value).split(","))
+            except ValueError:
+                value = ()
+            if len(value) != 2:
+                parser.error(f"--{name} takes two numbers, low and high")
+            values[name] = value
+    preset = values.get("preset", Config.preset)
+    return Config(**{**presets.get(preset, {}), **values})
+
+
+# ------------------------------------------------------------------------------- 3. the machine
+
+@dataclass
+class Machine:
+    """Where this process runs: its device, its number among `world` processes, its precision."""
+
+    device: torch.device
+    rank: int
+    world: int
+    dtype: torch.dtype
+    compile: bool
+
+    def autocast(self):
+        """bf16 for matrix products and convolutions, fp32 for the weights and sums."""
+        return torch.autocast(self.device.type, torch.bfloat16, self.dtype == torch.bfloat16)
+
+    def sum(self, *tensors):
+        """Sum each tensor over the processes, in place."""
+        if self.world > 1:
+            for tensor in tensors:
+                dist.all_reduce(tensor)
+
+    def synchronize(self):
+        """Wait until the device has done what it was told, for honest timing."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        elif self.device.type == "mps":
+            torch.mps.synchronize()
+
+    @contextlib.contextmanager
+    def first(self):
+        """Let process 0 do something (a download) before the others do it."""
+        if self.rank > 0:
+            dist.barrier()
+        yield
+        if self.rank == 0 and self.world > 1:
+            dist.barrier()
+
+
+def setup_machine(device="auto", dtype="auto", compile="auto"):
+    """Join torchrun's process group, if there is one, and resolve what is `auto`."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if device == "auto":
+        device = ("cuda" if torch.cuda.is_available() else
+                  "mps" if torch.backends.mps.is_available() and world == 1 else "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: PyTorch sees no CUDA device here; --device cpu works")
+    if device == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device mps: PyTorch sees no Apple GPU here; --device cpu works")
+    if device == "cuda":
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        if local >= torch.cuda.device_count():
+            raise InputError(f"{local + 1} processes on {torch.cuda.device_count()} GPUs: start at "
+                             f"most --nproc_per_node={torch.cuda.device_count()}")
+        torch.cuda.set_device(local)
+    place = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
+    if dtype == "auto":
+        dtype = "bfloat16" if multiplies_bf16(device) else "float32"
+    if world > 1:
+        dist.init_process_group("nccl" if device == "cuda" else "gloo",
+                                device_id=place if device == "cuda" else None)
+    return Machine(place, rank, world, DTYPES[dtype],
+                   device == "cuda" if compile == "auto" else compile == "true")
+
+
+def multiplies_bf16(device):
+    """Whether the hardware has bf16 matrix products of its own, so that they are faster."""
+    if device == "cuda":
+        return torch.cuda.get_device_capability() >= (8, 0)
+    if device == "cpu" and os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", f.read()) is not None
+    return False
+
+
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "GH200": 989, "A100": 312, "L40S": 362,
+               "4090": 165, "3090": 71}  # dense bf16, from the makers' data sheets
+
+
+def peak_tflops(machine):
+    """The chip's bf16 peak in TFLOP/s, or None where it is not known."""
+    if machine.device.type != "cuda" or machine.dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name()
+    return next((peak for chip, peak in PEAK_TFLOPS.items() if chip in name), None)
+
+
+# ---------------------------------------------------------------------------------- 4. the data
+
+def split_batch(batch_size, micro_batch, machine):
+    """(contexts of a micro-batch, micro-batches a step) for each process.
+
+    Raises InputError when the batch does not divide, naming one that would.
+    """
+    share, rest = divmod(batch_size, machine.world)
+    if rest or not share:
+        near = max(1, round(batch_size / machine.world)) * machine.world
+        raise InputError(f"--batch_size {batch_size} is not divisible by {machine.world} processes; "
+                         f"{near} would be")
+    most = micro_batch or (512 if machine.device.type == "cuda" else 32)
+    fits = max(k for k in range(1, min(most, share) + 1) if share % k == 0)
+    if micro_batch and fits != micro_batch:
+        raise InputError(f"--micro_batch {micro_batch} does not divide the {share} contexts of a "
+                         f"process; {fits} would")
+    return fits, share // fits
+
+
+def micro_batches(count, cfg, machine, steps, micro):
+    """The (epoch, index) pairs of each micro-batch of this process, step by step.
+
+    An epoch is a permutation of the `count` images seeded by (seed, epoch); step s takes its s-th
+    slice of batch_size, each process its part of the slice.
+    """
+    per_epoch, share = count // cfg.batch_size, cfg.batch_size // machine.world
+    shuffled = None
+    for step in steps:
+        epoch, place = divmod(step, per_epoch)
+        if epoch != shuffled:
+            order = np.random.default_rng((cfg.seed, 2, epoch)).permutation(count).tolist()
+            shuffled = epoch
+        begin = place * cfg.batch_size + machine.rank * share
+        for i in range(begin, begin + share, micro):
+            yield [(epoch, j) for j in order[i:i + micro]]
+
+
+def uniforms(cfg, stream, count):
+    """The uniform numbers [count, K + 1, 15] of a stream, (4, step) for training, on the CPU."""
+    rng = np.random.default_rng((cfg.seed, *stream))
+    shape = (count, cfg.exemplars + 1, crop.UNIFORMS)
+    return torch.from_numpy(rng.random(shape, dtype=np.float32))
+
+
+def make_pairs(contexts, u, cfg):
+    """crop.make_pairs with the config's crops."""
+    return crop.make_pairs(contexts, u, cfg.exemplar_size, cfg.scale, cfg.ratio, cfg.rotation,
+                           cfg.flip, cfg.transforms, cfg.jitter, cfg.gray, cfg.blur, cfg.solarize)
+
+
+def quiet_worker(_):
+    """Loader workers leave Ctrl-C to the process that trains."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def make_loader(dataset, batches, workers, machine):
+    """A loader of `batches` (lists of keys); workers < 0 takes the cores at hand, 16 at most."""
+    if workers < 0:
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        workers = min(16, len(os.sched_getaffinity(0)) // local
+                      if hasattr(os, "sched_getaffinity") else os.cpu_count() // local)
+    return torch.utils.data.DataLoader(
+        dataset, batch_sampler=batches, num_workers=workers, collate_fn=crop.collate,
+        worker_init_fn=quiet_worker, pin_memory=machine.device.type == "cuda")
+
+
+class BadImages:
+    """Warns once of each unreadable image; raises InputError beyond three and beyond 1%."""
+
+    def __init__(self, count):
+        self.count, self.names = count, set()
+
+    def add(self, failures):
+        for name, reason in failures:
+            if name not in self.names:
+                self.names.add(name)
+                print(f"warning: cannot read {name!r} ({reason}); the next image replaces it",
+                      file=sys.stderr, flush=True)
+        if len(self.names) > crop.bad_images_allowed(self.count):
+            raise InputError(f"{len(self.names)} of {self.count} images cannot be read, more than "
+                             "three and more than 1%: mend or remove the files named above")
+
+
+# -------------------------------------------------------------------------------- 5. schedules
+
+def learning_rate(step, total, peak, warmup):
+    """Linear warm-up to `peak` at step warmup - 1, then a half cosine to 0 at step `total`."""
+    if step < warmup:
+        return peak * (step + 1) / warmup
+    return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
+
+
+def target_decay(step, total, start):
+    """tau of Eq. 3: `start` at step 0, a half cosine to 1 at step `total`."""
+    return 1 - (1 - start) * (1 + math.cos(math.pi * step / total)) / 2
+
+
+def parameter_groups(model, weight_decay):
+    """Matrices decay; biases, norms (one dimension) and the cls token do not."""
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
+    still = [p for n, p in named if p.ndim < 2 or n.endswith("cls_token")]
+    decay = [p for n, p in named if p.ndim >= 2 and not n.endswith("cls_token")]
+    return [dict(params=decay, weight_decay=weight_decay), dict(params=still, weight_decay=0.0)]
+
+
+# ------------------------------------------------------------------------------------- 6. files
+
+def save_file(path, write):
+    """Let write(file) fill a temporary file beside `path`, then move it there: all or nothing.
+
+    Raises InputError when it cannot be written; what stood at `path` is then untouched.
+    """
+    temporary = path + ".tmp"
+    try:
+        with open(temporary, "wb") as f:
+            write(f)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
+        with contextlib.suppress(OSError):
+            os.remove(temporary)
+        raise InputError(f"cannot write {path!r}: {error}; the file that was there, if any, is as "
+                         "it was. Make room or name another --out, then give the same command "
+                         "again: it goes on from the last checkpoint") from error
+
+
+def load_checkpoint(path):
+    """Read a checkpoint: tensors and plain types only, no pickled code is run.
+
+    Raises InputError when the file is not a checkpoint of a training script.
+    """
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        missing = {"step", "config", "model", "optimizer", "images"} - saved.keys()
+    except Exception as error:  # torch.load raises many kinds on files that are none
+        raise InputError(f"{path!r} is not a checkpoint ({type(error).__name__}); move it away to "
+                         "start afresh, or name another --out") from error
+    if missing:
+        raise InputError(f"{path!r} is not a training checkpoint, it lacks "
+                         f"{', '.join(sorted(missing))}; name another --out")
+    return saved
+
+
+def check_same_run(path, saved, cfg, images):
+    """Raise InputError naming the fields in which a checkpoint's config differs from cfg."""
+    def plain(values):
+        return json.loads(json.dumps(values))
+
+    mine, theirs = plain(dataclasses.asdict(cfg)), plain(saved["config"])
+    differ = [f"{k} ({theirs.get(k)} there, {mine.get(k)} here)"
+              for k in sorted(mine.keys() | theirs.keys())
+              if k not in FREE and mine.get(k) != theirs.get(k)]
+    if saved["images"] != images:
+        differ.append(f"the number of images ({saved['images']} there, {images} here)")
+    if differ:
+        raise InputError(f"{path!r} belongs to a run that differs in {', '.join(differ)}; give the "
+                         "same flags to go on with it, or another --out to start afresh")
+
+
+def resume(path, cfg, images, cim, optimizer):
+    """Load the checkpoint of this very run into the model and optimiser; -> steps done."""
+    saved = load_checkpoint(path)
+    check_same_run(path, saved, cfg, images)
+    cim.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    return saved["step"]
+
+
+class Log:
+    """config.json and log.jsonl of one run. Going on after `step` drops the rows beyond it, which
+    belong to steps that were lost; a new run begins with an empty log."""
+
+    def __init__(self, cfg, step):
+        try:
+            os.makedirs(cfg.out, exist_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot make the folder {cfg.out!r}: {error.strerror}") from error
+        config = json.dumps(dataclasses.asdict(cfg), indent=1)
+        save_file(os.path.join(cfg.out, "config.json"), lambda f: f.write(config.encode()))
+        self.path, kept = os.path.join(cfg.out, "log.jsonl"), ""
+        if cfg.bench:
+            return
+        if step and os.path.exists(self.path):
+            with open(self.path) as f:
+                kept = "".join(row for row in f if row.endswith("}\n") and json.loads(row)["step"] <= step)
+        save_file(self.path, lambda f: f.write(kept.encode()))
+
+    def add(self, row, seconds_left):
+        """Append a row to the file and print it as a line."""
+        try:
+            with open(self.path, "a") as f:
+                f.write(json.dumps(row) + "\n")
+        except OSError as error:
+            raise InputError(f"cannot write {self.path!r}: {error.strerror}") from error
+        skill = "" if row["skill"] is None else f"skill {row['skill']:.3f}  "
+        mfu = "" if row["mfu"] is None else f"mfu {row['mfu']:.0%}  "
+        minutes, seconds = divmod(round(seconds_left), 60)
+        print(f"step {row['step']}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  {skill}"
+              f"lr {row['lr']:.2e}  {row['images_per_s']:.0f} images/s  waiting for data "
+              f"{row['data_wait']:.0%}  {mfu}{minutes}:{seconds:02d} left", flush=True)
+
+
+# --------------------------------------------------------------------------------- 7. measuring
+
+class HeldOut:
+    """At most 256 fixed images with fixed crops, never trained on.
+
+    baseline: cross-entropy of the per-pixel mean map of this crop distribution, the best predictor
+    that ignores the exemplar. skill = 1 - loss / baseline: how much of the map the model reads
+    from the exemplar. skill_swapped: the same with the exemplars of the next image, a control that
+    must not be above 0. rank: the effective rank of the images' features (the exponential of the
+    entropy of their covariance's spectrum); it falls towards 1 when features collapse.
+    """
+
+    NOTHING = dict.fromkeys(("baseline", "skill", "skill_swapped", "heldout_loss", "rank"))
+
+    def __init__(self, source, indices, cfg, machine, bad):
+        dataset = crop.Contexts(source, indices, cfg.context_size, cfg.seed)
+        contexts, failures = crop.collate([dataset[0, i] for i in range(len(dataset))])
+        bad.add(failures)
+        self.cfg, self.machine = cfg, machine
+        self.contexts = contexts.to(machine.device)
+        self.u = uniforms(cfg, (5,), len(contexts)).to(machine.device)
+        boxes = crop.sample_boxes(uniforms(cfg, (6,), 4096)[:, 0, :6], cfg.scale, cfg.ratio,
+                                  cfg.rotation, cfg.flip).to(machine.device)
+        theta = crop.affine_from_boxes(boxes)
+        mean = sum(crop.rasterize_maps(t, cfg.context_size).sum(0) for t in theta.split(256)) / 4096
+        self.mean_map = mean.clamp(1e-4, 1 - 1e-4)
+
+    @torch.no_grad()
+    def evaluate(self, cim):
+        """-> dict of loss, baseline, skill, skill_swapped and rank; each process does its part."""
+        n = len(self.contexts)
+        cim.eval()
+        width = cim.online.width
+        sums = torch.zeros(4, device=self.machine.device)  # losses: true, swapped, baseline; images
+        moments = torch.zeros(width + 1, width, device=self.machine.device)
+        mine = torch.arange(self.machine.rank, n, self.machine.world)
+        for rows in mine.split(64):
+            context, exemplars, maps, _ = make_pairs(self.contexts[rows], self.u[rows], self.cfg)
+            other = (rows + 1) % n
+            _, swapped, _, _ = make_pairs(self.contexts[other], self.u[other], self.cfg)
+            with self.machine.autocast():
+                loss, _ = cim(context, exemplars, maps)
+                loss_swapped, _ = cim(context, swapped, maps)
+                features = cim.online(context)[:, cim.online.prefix:].float().mean(1)
+            baseline = F.binary_cross_entropy(self.mean_map.expand_as(maps), maps)
+            sums += torch.stack([loss, loss_swapped, baseline, torch.ones_like(loss)]) * len(rows)
+            moments[0] += features.sum(0)
+            moments[1:] += features.T @ features
+        cim.train()
+        self.machine.sum(sums, moments)
+        loss, swapped, baseline, _ = (sums / n).tolist()
+        mean = moments[0] / n
+        spectrum = torch.linalg.eigvalsh((moments[1:] / n - mean.outer(mean)).cpu().double())
+        p = spectrum.clamp(min=0) / spectrum.clamp(min=0).sum().clamp(min=1e-30)
+        return dict(heldout_loss=loss, baseline=baseline, skill=1 - loss / baseline,
+                    skill_swapped=1 - swapped / baseline if n > 1 else None,
+                    rank=math.exp(-torch.special.xlogy(p, p).sum()))
+
+    @torch.no_grad()
+    def picture(self, cim, rows=4):
+        """The contact sheet of the first images, with predicted maps (Figures 5 and 6)."""
+        cim.eval()
+        context, exemplars, maps, theta = make_pairs(self.contexts[:rows], self.u[:rows], self.cfg)
+        with self.machine.autocast():
+            _, logits = cim(context, exemplars, maps)
+        cim.train()
+        return crop.contact_sheet(*(x.cpu() for x in (context, exemplars, maps, theta, logits)))
+
+
+def gflop_per_image(cfg):
+    """GFLOP of forward and backward for one image with its exemplars; a multiply-add is two."""
+    with torch.device("meta"):
+        cim = CIM(cfg.model, cfg.context_size, cfg.decoder_width, cfg.decoder_depth,
+                  cfg.freeze_patch_embed)
+        context = torch.empty(2, 3, cfg.context_size, cfg.context_size)
+        exemplars = torch.empty(2, cfg.exemplars, 3, cfg.exemplar_size, cfg.exemplar_size)
+        maps = torch.empty(2, cfg.exemplars, cfg.context_size, cfg.context_size)
+        with FlopCounterMode(display=False) as counter:
+            cim(context, exemplars, maps)[0].backward()
+    return counter.get_total_flops() / 2 / 1e9
+
+
+# -------------------------------------------------------------------------------------- 8. main
+
+BENCH_WARMUP = 3  # steps before the clock starts
+
+
+def bench_report(cfg, machine, ticks, gflop):
+    """The JSON of --bench from ticks, the (clock, seconds waited for data so far) of each step."""
+    steps = np.diff(np.array(ticks[BENCH_WARMUP - 1:]), axis=0)  # [N, 2]
+    median, spread = float(np.median(steps[:, 0])), np.percentile(steps[:, 0], [10, 90]).tolist()
+    tflops = gflop * cfg.batch_size / median / 1e3 / machine.world
+    peak = peak_tflops(machine)
+    memory = (torch.cuda.max_memory_allocated() if machine.device.type == "cuda" else
+              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    chip = torch.cuda.get_device_name() if machine.device.type == "cuda" else machine.device.type
+    return {"bench": "pretrain", "n": len(steps), "step_s": round(median, 5),
+            "step_s_p10_p90": [round(x, 5) for x in spread],
+            "images_per_s": round(cfg.batch_size / median, 2),
+            "data_wait": round(float(steps[:, 1].sum() / steps[:, 0].sum()), 4),
+            "gflop_per_image": round(gflop, 3), "tflops_per_process": round(tflops, 3),
+            "mfu": round(tflops / peak, 4) if peak else None, "peak_memory_gb": round(memory / 1e9, 3),
+            "model": cfg.model, "batch_size": cfg.batch_size, "processes": machine.world,
+            "device": chip, "dtype": str(machine.dtype)[6:], "compile": machine.compile,
+            "torch": torch.__version__}
+
+
+def describe(cfg, machine, micro, accumulate, sentence, start, stop, total, per_epoch, warmup):
+    """What is about to run, with the arithmetic of the batch and the learning rate."""
+    peak = cfg.lr * cfg.batch_size / cfg.lr_batch
+    return (f"{cfg.model} on {machine.device} x {machine.world}, {str(machine.dtype)[6:]}, "
+            f"{'compiled' if machine.compile else 'not compiled'}\n"
+            f"data     {cfg.data}: {sentence}\n"
+            f"batch    {cfg.batch_size} = {machine.world} processes x {accumulate} micro-batches x "
+            f"{micro} contexts, each with {cfg.exemplars} exemplars\n"
+            f"lr       {cfg.lr:g} x {cfg.batch_size} / {cfg.lr_batch} = {peak:.3g}, after {warmup} "
+            f"steps of warm-up\n"
+            f"steps    {per_epoch} an epoch x {cfg.epochs} epochs = {total}"
+            + (f", stopping at {stop}" if stop < total else "")
+            + (f", going on after {start}" if start else ""))
+
+
+def build(cfg, machine):
+    """The model and its optimiser, seeded, on the device."""
+    torch.manual_seed(cfg.seed)
+    cim = CIM(cfg.model, cfg.context_size, cfg.decoder_width, cfg.decoder_depth,
+              cfg.freeze_patch_embed).to(machine.device)
+    if machine.device.type == "cuda" and machine.world > 1:  # has no CPU backend
+        cim = torch.nn.SyncBatchNorm.convert_sync_batchnorm(cim)  # changes a ResNet only
+    return cim, torch.optim.AdamW(parameter_groups(cim, cfg.weight_decay), lr=cfg.lr,
+                                  betas=(cfg.beta1, cfg.beta2), fused=machine.device.type != "mps")
+
+
+def accelerate(cim, machine):
+    """Compile the blocks where asked and wrap the model in DDP where there are processes."""
+    if machine.compile:  # block by block in place, so that state-dict keys stay clean
+        whole = not any(isinstance(m, torch.nn.SyncBatchNorm) for m in cim.modules())
+        for block in [*cim.online.blocks, *cim.target.blocks, *cim.decoder.layers]:
+            block.compile(fullgraph=whole, dynamic=False)
+    if machine.world == 1:
+        return cim
+    return torch.nn.parallel.DistributedDataParallel(
+        cim, device_ids=[machine.device.index] if machine.device.type == "cuda" else None,
+        gradient_as_bucket_view=True)
+
+
+def main(argv=None):
+    """The run of a Config, from the command line to encoder.pt; goes on from out/ckpt.pt."""
+    cfg = parse_config(Config, PRESETS, argv, __doc__.split("\n")[0])
+    machine = setup_machine(cfg.device, cfg.dtype, cfg.compile)
+    micro, accumulate = split_batch(cfg.batch_size, cfg.micro_batch, machine)
+    with machine.first():
+        (source, indices), held_out, sentence = crop.pretraining_split(
+            cfg.data, cfg.seed, crop.read_classes(cfg.classes))
+    images = len(indices)
+    per_epoch = images // cfg.batch_size
+    if not per_epoch:
+        raise InputError(f"{cfg.data!r} has {images} images to train on, fewer than one batch of "
+                         f"{cfg.batch_size}: --batch_size={images} or less would work")
+    total, warmup = cfg.epochs * per_epoch, round(cfg.warmup_epochs * per_epoch)
+    stop = min(total, cfg.max_steps or total)
+
+    cim, optimizer = build(cfg, machine)
+    checkpoint, start = os.path.join(cfg.out, "ckpt.pt"), 0
+    if cfg.bench:
+        stop = BENCH_WARMUP + cfg.bench
+    elif os.path.exists(checkpoint):
+        start = resume(checkpoint, cfg, images, cim, optimizer)
+    if machine.rank == 0:
+        if start >= stop:
+            print(f"{cfg.out}: finished, {start} of {stop} steps are done; the encoder is "
+                  f"{os.path.join(cfg.out, 'encoder.pt')}")
+            return
+        print(describe(cfg, machine, micro, accumulate, sentence, start, stop, total, per_epoch,
+                       warmup), flush=True)
+        log = Log(cfg, start)
+    elif start >= stop:
+        return
+    bad = BadImages(images)
+    held_out = HeldOut(*held_out, cfg, machine, bad)
+    contexts = crop.Contexts(source, indices, cfg.context_size, cfg.seed)
+    batches = micro_batches(images, cfg, machine, range(start, stop), micro)
+    loader = iter(make_loader(contexts, batches, cfg.workers, machine))
+    peak_flops = peak_tflops(machine)
+    gflop = gflop_per_image(cfg) if peak_flops or cfg.bench else 0
+    model = accelerate(cim, machine)
+    parameters = [p for p in cim.parameters() if p.requires_grad]
+    broken = torch.tensor(total + 1, device=machine.device)  # the first step that is not finite
+
+    def save(step):
+        state = dict(step=step, config=dataclasses.asdict(cfg), images=images,
+                     model=cim.state_dict(), optimizer=optimizer.state_dict())
+        save_file(checkpoint, lambda f: torch.save(state, f))
+
+    cim.train()
+    ticks, saved = [], time.perf_counter()
+    clock, clock_step, waited = time.perf_counter(), start, 0.0
+    for step in range(start, stop):
+        lr = learning_rate(step, total, cfg.lr * cfg.batch_size / cfg.lr_batch, warmup)
+        tau = target_decay(step, total, cfg.tau)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        share = micro * accumulate
+        u = uniforms(cfg, (4, step), cfg.batch_size)[machine.rank * share:][:share]
+        loss = 0
+        for k, rows in enumerate(u.split(micro)):
+            asked = time.perf_counter()
+            contexts, failures = next(loader)
+            waited += time.perf_counter() - asked
+            bad.add(failures)
+            context, exemplars, maps, _ = make_pairs(
+                contexts.to(machine.device, non_blocking=True), rows.to(machine.device), cfg)
+            more = k < accumulate - 1 and machine.world > 1
+            with model.no_sync() if more else contextlib.nullcontext():
+                with machine.autocast():
+                    part, _ = model(context, exemplars, maps)
+                (part / accumulate).backward()
+            loss = loss + part.detach() / accumulate
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+        cim.update_target(tau)
+        broken = torch.where(grad_norm.isfinite(), broken, broken.clamp(max=step + 1))
+
+        done = step + 1
+        if cfg.bench:
+            machine.synchronize()
+            ticks.append((time.perf_counter(), waited))
+            continue
+        last = done == stop
+        looks = last or (cfg.eval_every and done % cfg.eval_every == 0)
+        saves = last or (cfg.save_every and done % cfg.save_every == 0) or (
+            cfg.save_minutes and time.perf_counter() - saved > 60 * cfg.save_minutes)
+        if looks or saves or done == start + 1 or done % cfg.log_every == 0:
+            if int(broken) <= done:
+                raise InputError(f"the gradient is not finite at step {int(broken)} (loss "
+                                 f"{float(loss):.4g}, lr {lr:.3g}); nothing was saved since. Give "
+                                 "the same command with a lower --lr and another --out, or go on "
+                                 f"from {checkpoint!r} if it is there")
+            machine.sum(loss)
+            seconds = time.perf_counter() - clock
+            rate = (done - clock_step) * cfg.batch_size / seconds
+            row = dict(step=done, epoch=round(done / per_epoch, 4), loss=loss.item() / machine.world,
+                       lr=lr, tau=tau, grad_norm=grad_norm.item(), images_per_s=round(rate, 2),
+                       data_wait=round(waited / seconds, 4), mfu=None, **HeldOut.NOTHING)
+            if peak_flops:
+                row["mfu"] = round(rate * gflop / machine.world / peak_flops / 1e3, 4)
+            if looks:
+                row |= held_out.evaluate(cim)
+            if machine.rank == 0:
+                log.add(row, seconds / (done - clock_step) * (stop - done))
+                if looks:
+                    picture = held_out.picture(cim)
+                    save_file(os.path.join(cfg.out, "maps.png"), lambda f: picture.save(f, "PNG"))
+                if last:
+                    weights = {k: v.cpu() for k, v in cim.online.state_dict().items()}
+                    save_file(os.path.join(cfg.out, "encoder.pt"), lambda f: torch.save(weights, f))
+                if saves:
+                    save(done)
+                    saved = time.perf_counter()
+            clock, clock_step, waited = time.perf_counter(), done, 0.0
+
+    if cfg.bench and machine.rank == 0:
+        report = json.dumps(bench_report(cfg, machine, ticks, gflop))
+        save_file(os.path.join(cfg.out, "bench.json"), lambda f: f.write(report.encode()))
+        print(report)
+    elif machine.rank == 0:
+        print(f"done: {cfg.out} holds encoder.pt, maps.png, log.jsonl and ckpt.pt; skill "
+              f"{row['skill']:.3f} on held-out images (0: ignores the exemplar; with swapped "
+              f"exemplars {row['skill_swapped']:.3f})")
+
+
+def run(main):
+    """Call a script's main: what the user can mend becomes one sentence and status 1."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on from the last checkpoint")
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)
