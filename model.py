@@ -208,7 +208,7 @@ class ResNet50(nn.Module):
 # ----------------------------------------------------------------------------- 4. build_encoder
 
 ENCODERS = {  # name: (width, depth, patch) of a ViT
-    "vit_d8": (128, 4, 8),  # the demo's
+    "vit_d8": (64, 2, 8),  # the demo's
     "vit_t16": (192, 12, 16),
     "vit_s16": (384, 12, 16),
     "vit_b16": (768, 12, 16),
@@ -267,7 +267,7 @@ class CorrelationDecoder(nn.Module):
                                                       encoder_width, width) for i in range(depth)])
         self.predictor = nn.Linear(width, 1)  # f_p
         self.apply(init_linear)
-        nn.init.normal_(self.predictor.weight, std=1e-3)  # the first map is 0.5, the first loss ln 2
+        nn.init.normal_(self.predictor.weight, std=1e-3)  # the first loss is ln 2
 
     def forward(self, h_c, h_z, size):
         h = h_c[:, None]

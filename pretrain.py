@@ -28,7 +28,6 @@ import json
 import math
 import os
 import re
-import resource
 import signal
 import sys
 import time
@@ -89,7 +88,7 @@ class Config:
     tau: float = 0.99  # target decay (Eq. 3) at the start, on its way to 1 by a cosine
     seed: int = 0  # of everything random
     max_steps: int = 0  # stop early, schedules still span epochs; 0 does not
-    # machine: free to change when a run goes on
+    # machine: may differ when a run goes on, but for dtype
     micro_batch: int = 0  # contexts a process handles at once; 0 picks one that divides
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # auto, float32 or bfloat16; auto is bfloat16 where the chip multiplies it
@@ -136,14 +135,15 @@ PRESETS = {
     "imagenette": dict(data="imagenette", out="out/imagenette", model="vit_s16", batch_size=512,
                        eval_every=90, save_every=900),
     "demo": dict(data="shapes", out="out/demo", model="vit_d8", context_size=64, exemplar_size=32,
-                 decoder_width=128, freeze_patch_embed=False, epochs=2, warmup_epochs=0.1,
-                 batch_size=32, lr=1e-3, lr_batch=32, log_every=25, eval_every=250, save_every=500),
+                 transforms="none", decoder_width=64, freeze_patch_embed=False, epochs=3,
+                 warmup_epochs=0.25, batch_size=16, lr=5e-3, lr_batch=16, workers=0, log_every=50,
+                 eval_every=300, save_every=300),
 }
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Fields that may differ when a run goes on: they change where and how fast it runs, not what.
-FREE = ("out", "micro_batch", "device", "dtype", "compile", "workers", "log_every", "eval_every",
+FREE = ("out", "micro_batch", "device", "compile", "workers", "log_every", "eval_every",
         "save_every", "save_minutes", "max_steps", "bench", "preset")
 
 
@@ -157,24 +157,29 @@ def parse_config(Config, presets, argv=None, description=None):
     name or type; raises InputError for values that cannot work.
     """
     def boolean(text):
-        return {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[
-            text.lower()]
+        if text.lower() not in ("true", "false"):
+            raise ValueError
+        return text.lower() == "true"
 
     def number(text):
         return float(Fraction(text))  # 1/3 is a number too
 
+    names = [f.name for f in dataclasses.fields(Config)]
     notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
-    parser = ArgumentParser(allow_abbrev=False, argument_default=SUPPRESS, description=description)
+    parser = ArgumentParser(allow_abbrev=False, argument_default=SUPPRESS, description=description,
+                            usage="%(prog)s [--flag VALUE ...], --help tells the flags")
     for f in dataclasses.fields(Config):
         kind = type(f.default)
         how = {bool: dict(type=boolean, nargs="?", const=True), float: dict(type=number),
                tuple: dict(nargs="+", metavar=("LOW", "HIGH"))}.get(kind, dict(type=kind))
-        shown = f"{notes[f.name]} ({f.default})".replace("%", "%%")
-        parser.add_argument("--" + f.name, **{"metavar": kind.__name__.upper(), "help": shown, **how})
+        if f.default == "auto":
+            how["type"] = str.lower  # --compile=True
+        how.setdefault("metavar", kind.__name__.upper())
+        parser.add_argument("--" + f.name, help=f"{notes[f.name]} ({f.default})", **how)
     values, unknown = parser.parse_known_args(argv)
     for word in unknown:
         name = word.split("=")[0]
-        near = difflib.get_close_matches(name, ["--" + f.name for f in dataclasses.fields(Config)], 1)
+        near = difflib.get_close_matches(name, ["--" + n for n in names], 1)
         parser.error(f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else "")
                      if word.startswith("-") else f"{word!r} does not belong to a flag")
     values = vars(values)
@@ -288,14 +293,58 @@ def split_batch(batch_size, micro_batch, machine):
     share, rest = divmod(batch_size, machine.world)
     if rest or not share:
         near = max(1, round(batch_size / machine.world)) * machine.world
-        raise InputError(f"--batch_size {batch_size} is not divisible by {machine.world} processes; "
-                         f"{near} would be")
+        raise InputError(f"--batch_size {batch_size} is not divisible by {machine.world} "
+                         f"processes; {near} would be")
     most = micro_batch or (512 if machine.device.type == "cuda" else 32)
     fits = max(k for k in range(1, min(most, share) + 1) if share % k == 0)
     if micro_batch and fits != micro_batch:
         raise InputError(f"--micro_batch {micro_batch} does not divide the {share} contexts of a "
                          f"process; {fits} would")
     return fits, share // fits
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The arithmetic of a run: what a process handles at once, how many steps there are."""
+
+    images: int  # to train on
+    micro: int  # contexts a process handles at once
+    accumulate: int  # micro-batches a step, for each process
+    per_epoch: int  # steps
+    total: int  # steps that the schedules span
+    stop: int  # steps that are done
+    warmup: int  # steps
+    peak: float  # learning rate at this batch size
+
+    @property
+    def share(self):
+        """Contexts of a step that one process handles."""
+        return self.micro * self.accumulate
+
+    def describe(self, cfg, machine, sentence, start):
+        """What is about to run, the arithmetic written out."""
+        return (f"{cfg.model} on {machine.device} x {machine.world}, {str(machine.dtype)[6:]}, "
+                f"{'compiled' if machine.compile else 'not compiled'}\n"
+                f"data     {cfg.data}: {sentence}\n"
+                f"batch    {cfg.batch_size} = {machine.world} processes x {self.accumulate} "
+                f"micro-batches x {self.micro} contexts, each with {cfg.exemplars} exemplars\n"
+                f"lr       {cfg.lr:g} x {cfg.batch_size} / {cfg.lr_batch} = {self.peak:.3g}, after "
+                f"{self.warmup} steps of warm-up\n"
+                f"steps    {self.per_epoch} an epoch x {cfg.epochs} epochs = {self.total}"
+                + (f", stopping after {self.stop}" if self.stop < self.total else "")
+                + (f", going on after {start}" if start else ""))
+
+
+def make_plan(cfg, machine, images):
+    """The Plan of a config on this machine. Raises InputError: too few images, no even split."""
+    micro, accumulate = split_batch(cfg.batch_size, cfg.micro_batch, machine)
+    per_epoch = images // cfg.batch_size
+    if not per_epoch:
+        raise InputError(f"{cfg.data!r} has {images} images to train on, fewer than one batch of "
+                         f"{cfg.batch_size}: --batch_size={images} or less would work")
+    total = cfg.epochs * per_epoch
+    return Plan(images, micro, accumulate, per_epoch, total, min(total, cfg.max_steps or total),
+                round(cfg.warmup_epochs * per_epoch), cfg.lr * cfg.batch_size / cfg.lr_batch)
 
 
 def micro_batches(count, cfg, machine, steps, micro):
@@ -351,15 +400,17 @@ class BadImages:
     def __init__(self, count):
         self.count, self.names = count, set()
 
-    def add(self, failures):
+    def check(self, contexts, failures):
+        """Look at a collated batch; -> its contexts."""
         for name, reason in failures:
             if name not in self.names:
                 self.names.add(name)
                 print(f"warning: cannot read {name!r} ({reason}); the next image replaces it",
                       file=sys.stderr, flush=True)
-        if len(self.names) > crop.bad_images_allowed(self.count):
+        if contexts is None or len(self.names) > crop.bad_images_allowed(self.count):
             raise InputError(f"{len(self.names)} of {self.count} images cannot be read, more than "
                              "three and more than 1%: mend or remove the files named above")
+        return contexts
 
 
 # -------------------------------------------------------------------------------- 5. schedules
@@ -374,6 +425,11 @@ def learning_rate(step, total, peak, warmup):
 def target_decay(step, total, start):
     """tau of Eq. 3: `start` at step 0, a half cosine to 1 at step `total`."""
     return 1 - (1 - start) * (1 + math.cos(math.pi * step / total)) / 2
+
+
+def due(done, every):
+    """Whether something that happens `every` so many steps happens now; 0 is never."""
+    return every > 0 and done % every == 0
 
 
 def parameter_groups(model, weight_decay):
@@ -439,10 +495,23 @@ def check_same_run(path, saved, cfg, images):
                          "same flags to go on with it, or another --out to start afresh")
 
 
-def resume(path, cfg, images, cim, optimizer):
+def save_checkpoint(path, step, cfg, plan, cim, optimizer):
+    """All that going on after `step` needs: plain types and tensors only."""
+    state = dict(step=step, config=dataclasses.asdict(cfg), images=plan.images,
+                 model=cim.state_dict(), optimizer=optimizer.state_dict())
+    save_file(path, lambda f: torch.save(state, f))
+
+
+def save_weights(path, module):
+    """A module's plain state dict, on the CPU."""
+    weights = {k: v.cpu() for k, v in module.state_dict().items()}
+    save_file(path, lambda f: torch.save(weights, f))
+
+
+def resume(path, cfg, plan, cim, optimizer):
     """Load the checkpoint of this very run into the model and optimiser; -> steps done."""
     saved = load_checkpoint(path)
-    check_same_run(path, saved, cfg, images)
+    check_same_run(path, saved, cfg, plan.images)
     cim.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"]
@@ -464,7 +533,8 @@ class Log:
             return
         if step and os.path.exists(self.path):
             with open(self.path) as f:
-                kept = "".join(row for row in f if row.endswith("}\n") and json.loads(row)["step"] <= step)
+                whole = [row for row in f if row.endswith("}\n")]  # the last may be torn
+            kept = "".join(row for row in whole if json.loads(row)["step"] <= step)
         save_file(self.path, lambda f: f.write(kept.encode()))
 
     def add(self, row, seconds_left):
@@ -474,7 +544,8 @@ class Log:
                 f.write(json.dumps(row) + "\n")
         except OSError as error:
             raise InputError(f"cannot write {self.path!r}: {error.strerror}") from error
-        skill = "" if row["skill"] is None else f"skill {row['skill']:.3f}  "
+        skill = "" if row["skill"] is None else (
+            f"skill {row['skill']:.3f}  feature rank {row['rank']:.1f}  ")
         mfu = "" if row["mfu"] is None else f"mfu {row['mfu']:.0%}  "
         minutes, seconds = divmod(round(seconds_left), 60)
         print(f"step {row['step']}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  {skill}"
@@ -496,10 +567,10 @@ class HeldOut:
 
     NOTHING = dict.fromkeys(("baseline", "skill", "skill_swapped", "heldout_loss", "rank"))
 
-    def __init__(self, source, indices, cfg, machine, bad):
+    def __init__(self, source, indices, cfg, machine):
         dataset = crop.Contexts(source, indices, cfg.context_size, cfg.seed)
-        contexts, failures = crop.collate([dataset[0, i] for i in range(len(dataset))])
-        bad.add(failures)
+        contexts = BadImages(len(dataset)).check(
+            *crop.collate([dataset[0, i] for i in range(len(dataset))]))
         self.cfg, self.machine = cfg, machine
         self.contexts = contexts.to(machine.device)
         self.u = uniforms(cfg, (5,), len(contexts)).to(machine.device)
@@ -541,14 +612,15 @@ class HeldOut:
                     rank=math.exp(-torch.special.xlogy(p, p).sum()))
 
     @torch.no_grad()
-    def picture(self, cim, rows=4):
-        """The contact sheet of the first images, with predicted maps (Figures 5 and 6)."""
+    def picture(self, cim, path, rows=4):
+        """Write the contact sheet of the first images, with predicted maps (Figures 5 and 6)."""
         cim.eval()
         context, exemplars, maps, theta = make_pairs(self.contexts[:rows], self.u[:rows], self.cfg)
         with self.machine.autocast():
             _, logits = cim(context, exemplars, maps)
         cim.train()
-        return crop.contact_sheet(*(x.cpu() for x in (context, exemplars, maps, theta, logits)))
+        sheet = crop.contact_sheet(*(x.cpu() for x in (context, exemplars, maps, theta, logits)))
+        save_file(path, lambda f: sheet.save(f, "PNG"))
 
 
 def gflop_per_image(cfg):
@@ -575,33 +647,18 @@ def bench_report(cfg, machine, ticks, gflop):
     median, spread = float(np.median(steps[:, 0])), np.percentile(steps[:, 0], [10, 90]).tolist()
     tflops = gflop * cfg.batch_size / median / 1e3 / machine.world
     peak = peak_tflops(machine)
-    memory = (torch.cuda.max_memory_allocated() if machine.device.type == "cuda" else
-              resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
-    chip = torch.cuda.get_device_name() if machine.device.type == "cuda" else machine.device.type
+    on_cuda = machine.device.type == "cuda"
+    memory = torch.cuda.max_memory_allocated() / 1e9 if on_cuda else None
     return {"bench": "pretrain", "n": len(steps), "step_s": round(median, 5),
             "step_s_p10_p90": [round(x, 5) for x in spread],
             "images_per_s": round(cfg.batch_size / median, 2),
             "data_wait": round(float(steps[:, 1].sum() / steps[:, 0].sum()), 4),
             "gflop_per_image": round(gflop, 3), "tflops_per_process": round(tflops, 3),
-            "mfu": round(tflops / peak, 4) if peak else None, "peak_memory_gb": round(memory / 1e9, 3),
+            "mfu": round(tflops / peak, 4) if peak else None, "peak_memory_gb": memory,
             "model": cfg.model, "batch_size": cfg.batch_size, "processes": machine.world,
-            "device": chip, "dtype": str(machine.dtype)[6:], "compile": machine.compile,
+            "device": torch.cuda.get_device_name() if on_cuda else machine.device.type,
+            "dtype": str(machine.dtype)[6:], "compile": machine.compile,
             "torch": torch.__version__}
-
-
-def describe(cfg, machine, micro, accumulate, sentence, start, stop, total, per_epoch, warmup):
-    """What is about to run, with the arithmetic of the batch and the learning rate."""
-    peak = cfg.lr * cfg.batch_size / cfg.lr_batch
-    return (f"{cfg.model} on {machine.device} x {machine.world}, {str(machine.dtype)[6:]}, "
-            f"{'compiled' if machine.compile else 'not compiled'}\n"
-            f"data     {cfg.data}: {sentence}\n"
-            f"batch    {cfg.batch_size} = {machine.world} processes x {accumulate} micro-batches x "
-            f"{micro} contexts, each with {cfg.exemplars} exemplars\n"
-            f"lr       {cfg.lr:g} x {cfg.batch_size} / {cfg.lr_batch} = {peak:.3g}, after {warmup} "
-            f"steps of warm-up\n"
-            f"steps    {per_epoch} an epoch x {cfg.epochs} epochs = {total}"
-            + (f", stopping at {stop}" if stop < total else "")
-            + (f", going on after {start}" if start else ""))
 
 
 def build(cfg, machine):
@@ -632,74 +689,58 @@ def main(argv=None):
     """The run of a Config, from the command line to encoder.pt; goes on from out/ckpt.pt."""
     cfg = parse_config(Config, PRESETS, argv, __doc__.split("\n")[0])
     machine = setup_machine(cfg.device, cfg.dtype, cfg.compile)
-    micro, accumulate = split_batch(cfg.batch_size, cfg.micro_batch, machine)
     with machine.first():
         (source, indices), held_out, sentence = crop.pretraining_split(
             cfg.data, cfg.seed, crop.read_classes(cfg.classes))
-    images = len(indices)
-    per_epoch = images // cfg.batch_size
-    if not per_epoch:
-        raise InputError(f"{cfg.data!r} has {images} images to train on, fewer than one batch of "
-                         f"{cfg.batch_size}: --batch_size={images} or less would work")
-    total, warmup = cfg.epochs * per_epoch, round(cfg.warmup_epochs * per_epoch)
-    stop = min(total, cfg.max_steps or total)
-
+    plan = make_plan(cfg, machine, len(indices))
     cim, optimizer = build(cfg, machine)
-    checkpoint, start = os.path.join(cfg.out, "ckpt.pt"), 0
+    checkpoint, start, stop = os.path.join(cfg.out, "ckpt.pt"), 0, plan.stop
     if cfg.bench:
         stop = BENCH_WARMUP + cfg.bench
     elif os.path.exists(checkpoint):
-        start = resume(checkpoint, cfg, images, cim, optimizer)
-    if machine.rank == 0:
-        if start >= stop:
+        start = resume(checkpoint, cfg, plan, cim, optimizer)
+    if start >= stop:
+        if machine.rank == 0:
             print(f"{cfg.out}: finished, {start} of {stop} steps are done; the encoder is "
                   f"{os.path.join(cfg.out, 'encoder.pt')}")
-            return
-        print(describe(cfg, machine, micro, accumulate, sentence, start, stop, total, per_epoch,
-                       warmup), flush=True)
-        log = Log(cfg, start)
-    elif start >= stop:
         return
-    bad = BadImages(images)
-    held_out = HeldOut(*held_out, cfg, machine, bad)
-    contexts = crop.Contexts(source, indices, cfg.context_size, cfg.seed)
-    batches = micro_batches(images, cfg, machine, range(start, stop), micro)
-    loader = iter(make_loader(contexts, batches, cfg.workers, machine))
+    if machine.rank == 0:
+        print(plan.describe(cfg, machine, sentence, start), flush=True)
+        log = Log(cfg, start)
+
+    bad = BadImages(plan.images)
+    held_out = HeldOut(*held_out, cfg, machine)
+    loader = iter(make_loader(crop.Contexts(source, indices, cfg.context_size, cfg.seed),
+                              micro_batches(plan.images, cfg, machine, range(start, stop),
+                                            plan.micro), cfg.workers, machine))
     peak_flops = peak_tflops(machine)
     gflop = gflop_per_image(cfg) if peak_flops or cfg.bench else 0
     model = accelerate(cim, machine)
     parameters = [p for p in cim.parameters() if p.requires_grad]
-    broken = torch.tensor(total + 1, device=machine.device)  # the first step that is not finite
-
-    def save(step):
-        state = dict(step=step, config=dataclasses.asdict(cfg), images=images,
-                     model=cim.state_dict(), optimizer=optimizer.state_dict())
-        save_file(checkpoint, lambda f: torch.save(state, f))
+    broken = torch.tensor(plan.total + 1, device=machine.device)  # first step that is not finite
+    saved = clock = time.perf_counter()
+    saved_step, logged, waited, ticks = start, start, 0.0, []
 
     cim.train()
-    ticks, saved = [], time.perf_counter()
-    clock, clock_step, waited = time.perf_counter(), start, 0.0
     for step in range(start, stop):
-        lr = learning_rate(step, total, cfg.lr * cfg.batch_size / cfg.lr_batch, warmup)
-        tau = target_decay(step, total, cfg.tau)
+        lr = learning_rate(step, plan.total, plan.peak, plan.warmup)
+        tau = target_decay(step, plan.total, cfg.tau)
         for group in optimizer.param_groups:
             group["lr"] = lr
-        share = micro * accumulate
-        u = uniforms(cfg, (4, step), cfg.batch_size)[machine.rank * share:][:share]
+        u = uniforms(cfg, (4, step), cfg.batch_size)[machine.rank * plan.share:][:plan.share]
         loss = 0
-        for k, rows in enumerate(u.split(micro)):
+        for k, rows in enumerate(u.split(plan.micro)):
             asked = time.perf_counter()
-            contexts, failures = next(loader)
+            contexts = bad.check(*next(loader))
             waited += time.perf_counter() - asked
-            bad.add(failures)
             context, exemplars, maps, _ = make_pairs(
                 contexts.to(machine.device, non_blocking=True), rows.to(machine.device), cfg)
-            more = k < accumulate - 1 and machine.world > 1
+            more = machine.world > 1 and k < plan.accumulate - 1  # gradients meet at the last one
             with model.no_sync() if more else contextlib.nullcontext():
                 with machine.autocast():
                     part, _ = model(context, exemplars, maps)
-                (part / accumulate).backward()
-            loss = loss + part.detach() / accumulate
+                (part / plan.accumulate).backward()
+            loss = loss + part.detach() / plan.accumulate
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
@@ -712,46 +753,44 @@ def main(argv=None):
             ticks.append((time.perf_counter(), waited))
             continue
         last = done == stop
-        looks = last or (cfg.eval_every and done % cfg.eval_every == 0)
-        saves = last or (cfg.save_every and done % cfg.save_every == 0) or (
+        looks = last or due(done, cfg.eval_every)
+        saves = last or due(done, cfg.save_every) or (
             cfg.save_minutes and time.perf_counter() - saved > 60 * cfg.save_minutes)
-        if looks or saves or done == start + 1 or done % cfg.log_every == 0:
+        if looks or saves or done == start + 1 or due(done, cfg.log_every):
             if int(broken) <= done:
-                raise InputError(f"the gradient is not finite at step {int(broken)} (loss "
-                                 f"{float(loss):.4g}, lr {lr:.3g}); nothing was saved since. Give "
-                                 "the same command with a lower --lr and another --out, or go on "
-                                 f"from {checkpoint!r} if it is there")
+                lr = learning_rate(int(broken) - 1, plan.total, plan.peak, plan.warmup)
+                raise InputError(
+                    f"loss or gradient not finite at step {int(broken)}, lr {lr:.3g}; the last good "
+                    f"checkpoint is {f'{checkpoint!r} of step {saved_step}' if saved_step else None}"
+                    ". Try a lower --lr, and another --out")
             machine.sum(loss)
             seconds = time.perf_counter() - clock
-            rate = (done - clock_step) * cfg.batch_size / seconds
-            row = dict(step=done, epoch=round(done / per_epoch, 4), loss=loss.item() / machine.world,
-                       lr=lr, tau=tau, grad_norm=grad_norm.item(), images_per_s=round(rate, 2),
-                       data_wait=round(waited / seconds, 4), mfu=None, **HeldOut.NOTHING)
-            if peak_flops:
-                row["mfu"] = round(rate * gflop / machine.world / peak_flops / 1e3, 4)
+            rate = (done - logged) * cfg.batch_size / seconds
+            mfu = rate * gflop / machine.world / peak_flops / 1e3 if peak_flops else None
+            row = dict(step=done, epoch=done / plan.per_epoch, loss=loss.item() / machine.world,
+                       lr=lr, tau=tau, grad_norm=grad_norm.item(), images_per_s=rate,
+                       data_wait=waited / seconds, mfu=mfu, **HeldOut.NOTHING)
             if looks:
                 row |= held_out.evaluate(cim)
             if machine.rank == 0:
-                log.add(row, seconds / (done - clock_step) * (stop - done))
+                log.add(row, seconds_left=(stop - done) * cfg.batch_size / rate)
                 if looks:
-                    picture = held_out.picture(cim)
-                    save_file(os.path.join(cfg.out, "maps.png"), lambda f: picture.save(f, "PNG"))
+                    held_out.picture(cim, os.path.join(cfg.out, "maps.png"))
                 if last:
-                    weights = {k: v.cpu() for k, v in cim.online.state_dict().items()}
-                    save_file(os.path.join(cfg.out, "encoder.pt"), lambda f: torch.save(weights, f))
+                    save_weights(os.path.join(cfg.out, "encoder.pt"), cim.online)
                 if saves:
-                    save(done)
-                    saved = time.perf_counter()
-            clock, clock_step, waited = time.perf_counter(), done, 0.0
+                    save_checkpoint(checkpoint, done, cfg, plan, cim, optimizer)
+                    saved, saved_step = time.perf_counter(), done
+            logged, clock, waited = done, time.perf_counter(), 0.0
 
-    if cfg.bench and machine.rank == 0:
+    if machine.rank == 0 and cfg.bench:
         report = json.dumps(bench_report(cfg, machine, ticks, gflop))
         save_file(os.path.join(cfg.out, "bench.json"), lambda f: f.write(report.encode()))
         print(report)
     elif machine.rank == 0:
-        print(f"done: {cfg.out} holds encoder.pt, maps.png, log.jsonl and ckpt.pt; skill "
-              f"{row['skill']:.3f} on held-out images (0: ignores the exemplar; with swapped "
-              f"exemplars {row['skill_swapped']:.3f})")
+        print(f"done: {cfg.out} holds encoder.pt, maps.png, log.jsonl and ckpt.pt; on held-out "
+              f"images skill is {row['skill']:.3f}, with swapped exemplars "
+              f"{row['skill_swapped']:.3f} (0: nothing is read from the exemplar)")
 
 
 def run(main):

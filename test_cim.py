@@ -1,0 +1,1044 @@
+"""test_cim.py: the lab book. Each test is one claim, checked against an oracle.
+
+In lecture order: 1. crops (paper 3.2, Figure 3, Table 1); 2. images; 3. the model (Figure 2,
+Eqs. 2-7); 4. training (Table 9); 5. honesty: does it learn what it says; 6. files and bad input.
+Nothing is downloaded, no GPU is needed. `pytest -k map` runs the tests with "map" in their name.
+"""
+
+import dataclasses
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+import torchvision
+from PIL import Image
+from torch import nn
+from torchvision.transforms.v2 import functional as TF
+
+import crop
+import model
+import pretrain
+from crop import InputError
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+TINY = ["--preset=demo", "--device=cpu", "--dtype=float32", "--workers=0", "--batch_size=8",
+        "--decoder_width=32", "--log_every=1", "--eval_every=0"]
+
+
+def rand(*shape, seed=0, dtype=torch.float64):
+    return torch.rand(*shape, dtype=dtype, generator=torch.Generator().manual_seed(seed))
+
+
+def uniform_boxes(count=2000, seed=0, **kw):
+    u = rand(count, 6, seed=seed)
+    return u, crop.sample_boxes(u, **kw)
+
+
+def corners(boxes):
+    """[..., 6] -> the four corners [..., 4, 2] in fractions of the context's side, by rotation."""
+    cx, cy, w, h, a, _ = boxes.unbind(-1)
+    out = []
+    for sx, sy in [(-1, -1), (1, -1), (1, 1), (-1, 1)]:
+        x, y = sx * w / 2, sy * h / 2
+        out += [cx + x * a.cos() - y * a.sin(), cy + x * a.sin() + y * a.cos()]
+    return torch.stack(out, -1).unflatten(-1, (4, 2))
+
+
+TABLE_1 = [  # scale, ratio, rotation: every row of Table 1 a-c
+    *[(s, (1, 1), 0) for s in [(0.16, 0.16), (0.05, 0.16), (0.16, 1.0), (0.05, 1.0)]],
+    *[((0.05, 1.0), (1 / q, q), 0) for q in (4 / 3, 2, 3, 4)],
+    *[((0.05, 1.0), (1 / 3, 3), r) for r in (45, 90, 135, 180)],
+    ((0.05, 1.0), (1 / 4, 4), 180),
+]
+
+
+# ------------------------------------------------------------------------------------- 1. crops
+
+@pytest.mark.parametrize("scale, ratio, rotation", TABLE_1)
+def test_boxes_have_the_area_aspect_and_angle_they_were_drawn_with(scale, ratio, rotation):
+    """Figure 3: w h = r0, h / w = r1 and alpha hold exactly, and no box leaves the context."""
+    u, boxes = uniform_boxes(scale=scale, ratio=ratio, rotation=rotation)
+    cx, cy, w, h, angle, flip = boxes.unbind(-1)
+    r1 = ratio[0] * (ratio[1] / ratio[0]) ** u[:, 1]
+    torch.testing.assert_close(h / w, r1)
+    torch.testing.assert_close(angle, math.radians(rotation) * (2 * u[:, 2] - 1))
+    assert (corners(boxes) >= -1e-12).all() and (corners(boxes) <= 1 + 1e-12).all()
+    # the largest box of that shape and angle, found by growing it in the middle until it sticks out
+    low, high = torch.zeros(len(u)).double(), torch.full((len(u),), 4.0).double()
+    for _ in range(60):
+        area = (low + high) / 2
+        middle, sides = torch.full_like(w, 0.5), [(area / r1).sqrt(), (area * r1).sqrt()]
+        grown = torch.stack([middle, middle, *sides, angle, flip], -1)
+        inside = ((corners(grown) >= 0) & (corners(grown) <= 1)).flatten(1).all(1)
+        low, high = torch.where(inside, area, low), torch.where(inside, high, area)
+    largest = low.clamp(max=scale[1])
+    torch.testing.assert_close(w * h, scale[0] + (largest - scale[0]) * u[:, 0])
+    assert ((flip == -1) == (u[:, 5] < 0.5)).all() and ((flip == 1) | (flip == -1)).all()
+
+
+def test_area_is_uniform_for_upright_squares_and_small_on_average_by_default():
+    """Design: r0 is uniform on [0.05, 1) for squares; by default mean 0.26, 95% below 0.50."""
+    _, squares = uniform_boxes(20000, ratio=(1, 1), rotation=0)
+    area = (squares[:, 2] * squares[:, 3]).sort().values
+    expected = torch.linspace(0.05, 1, len(area)).double()
+    assert (area - expected).abs().max() < 0.02  # Kolmogorov-Smirnov distance, 2 standard errors
+    _, boxes = uniform_boxes(50000)
+    area = boxes[:, 2] * boxes[:, 3]
+    assert abs(area.mean() - 0.26) < 0.01 and abs(area.quantile(0.95) - 0.50) < 0.015
+
+
+@pytest.mark.parametrize("ratio, rotation, largest", [
+    ((1 / 3, 3), 180, 0.300), ((1 / 4, 4), 45, 4 / 17), ((1, 1), 90, 0.5), ((1, 1), 0, 1.0),
+    ((0.5, 1), 0, 0.5), ((1 / 3, 3), 5, 1 / (math.sqrt(3) * math.cos(math.pi / 36)
+                                             + math.sin(math.pi / 36) / math.sqrt(3)) ** 2)])
+def test_a_lower_area_that_cannot_fit_is_refused(ratio, rotation, largest):
+    """Design 3: at ratio q the worst angle leaves q / (1 + q^2); beyond that is an error."""
+    assert crop.largest_area(ratio, rotation) == pytest.approx(largest)
+    uniform_boxes(scale=(largest - 1e-6, 1), ratio=ratio, rotation=rotation)
+    if largest < 1:
+        with pytest.raises(InputError, match="only boxes of area up to"):
+            uniform_boxes(scale=(largest + 1e-3, 1), ratio=ratio, rotation=rotation)
+
+
+@pytest.mark.parametrize("m, n", [(160, 64), (64, 32), (48, 48)])
+def test_an_exemplar_shows_the_place_its_box_says(m, n):
+    """A context that encodes its own coordinates gives exemplars whose values are the positions
+    that theta takes their pixels to."""
+    at = (torch.arange(m).double() * 2 + 1) / m - 1
+    context = torch.stack([at.expand(m, m), at[:, None].expand(m, m), torch.zeros(m, m)])[None]
+    theta = crop.affine_from_boxes(crop.sample_boxes(rand(1, 12, 6), rotation=180.0))
+    shown = crop.crop_exemplars(context, theta, n)[0, :, :2]
+    to = (torch.arange(n).double() * 2 + 1) / n - 1
+    e = torch.stack([to.expand(n, n), to[:, None].expand(n, n), torch.ones(n, n)])  # x, y, 1
+    expected = torch.einsum("kij,jab->kiab", theta[0], e)
+    pixel = 2 / m
+    assert (shown - expected).abs().max() < pixel / 2  # half a pixel at most, at the very border
+    inside = expected.abs().amax(1, keepdim=True).expand_as(shown) < 1 - 3 * pixel
+    assert inside.any() and (shown - expected)[inside].abs().max() < 1e-6 * pixel
+
+
+def test_theta_takes_the_exemplar_corners_to_the_box_corners():
+    """theta maps (-1, -1) to the box's top left corner, or to its top right one when mirrored."""
+    _, boxes = uniform_boxes(rotation=180)
+    theta = crop.affine_from_boxes(boxes)
+    square = torch.tensor([[-1, -1, 1], [1, -1, 1], [1, 1, 1], [-1, 1, 1]]).double()
+    got = (torch.einsum("bij,cj->bci", theta, square) + 1) / 2
+    mirrored = boxes[:, 5, None, None] < 0
+    expected = torch.where(mirrored, corners(boxes)[:, [1, 0, 3, 2]], corners(boxes))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.parametrize("scale, ratio, rotation", TABLE_1)
+def test_the_map_covers_exactly_the_box_that_was_cut(scale, ratio, rotation):
+    """Figure 3: a map is 1 where the pixel's centre lies in the rotated rectangle, else 0; the
+    float32 raster equals a float64 point-in-rectangle test of every pixel centre."""
+    boxes = crop.sample_boxes(rand(200, 6, dtype=torch.float32), scale, ratio, rotation)
+    size = 40
+    maps = crop.rasterize_maps(crop.affine_from_boxes(boxes).view(20, 10, 2, 3), size).flatten(0, 1)
+    assert maps.unique().tolist() == [0.0, 1.0]
+    boxes = boxes.double()[:, :, None, None]
+    at = (torch.arange(size).double() + 0.5) / size
+    dx, dy = at - boxes[:, 0], at[:, None] - boxes[:, 1]
+    cos, sin = boxes[:, 4].cos(), boxes[:, 4].sin()
+    along, across = (dx * cos + dy * sin).abs(), (dy * cos - dx * sin).abs()
+    edge = torch.minimum((along - boxes[:, 2] / 2).abs(), (across - boxes[:, 3] / 2).abs())
+    expected = (along <= boxes[:, 2] / 2) & (across <= boxes[:, 3] / 2)
+    clear = edge > 1e-6  # centres within a millionth of an edge may round either way
+    assert clear.float().mean() > 0.999
+    assert (maps.bool() == expected)[clear].all()
+
+
+def test_an_exemplar_pasted_back_lands_on_its_map():
+    """Warping an exemplar by the inverse matrix covers its map's pixels with the context again."""
+    m, n = 64, 64
+    waves = torch.stack([torch.sin(torch.linspace(0, k, m))[:, None] * torch.cos(
+        torch.linspace(1, k + 2, m)) for k in (3, 4, 5)])[None].double()
+    theta = crop.affine_from_boxes(crop.sample_boxes(rand(1, 6, 6), scale=(0.1, 1)))
+    exemplars = crop.crop_exemplars(waves, theta, n)[0]
+    maps = crop.rasterize_maps(theta, m)[0]
+    full = torch.cat([theta[0], torch.tensor([0, 0, 1.0]).double().expand(6, 1, 3)], 1)
+    grid = F.affine_grid(full.inverse()[:, :2], [6, 3, m, m], align_corners=False)
+    back = F.grid_sample(exemplars, grid, "bilinear", "border", align_corners=False)
+    inside = maps[:, None].bool().expand_as(back)
+    assert (back - waves)[inside].abs().max() < 0.05  # a slope of 7 times half a 64th
+    white = F.grid_sample(torch.ones_like(exemplars), grid, "nearest", "zeros", align_corners=False)
+    assert ((white[:, 0] > 0) == maps.bool()).all()
+
+
+@pytest.mark.parametrize("m, n", [(160, 64), (64, 32)])
+def test_shrinking_a_large_box_does_not_alias(m, n):
+    """Large turned boxes of white noise, the worst picture for aliasing, come within 8% (of the
+    noise's deviation) of exact area averaging; one bilinear sample a pixel is off by over 20%."""
+    noise = rand(8, 3, m, m) - 0.5
+    boxes = torch.tensor([[0.5, 0.5, 0.7, 0.8, 0.35, 1], [0.5, 0.5, 0.95, 0.95, 0.03, -1],
+                          [0.5, 0.5, 0.6, 0.9, -0.2, 1]]).double()
+    theta = crop.affine_from_boxes(boxes).expand(8, 3, 2, 3)
+
+    def average(k, s, mode):  # s * s samples a pixel; 16 * 16 of the nearest pixel are exact enough
+        grid = F.affine_grid(theta[:, k], [8, 3, n * s, n * s], align_corners=False)
+        return F.avg_pool2d(F.grid_sample(noise, grid, mode, "border", align_corners=False), s)
+
+    ours = crop.crop_exemplars(noise, theta, n)
+    for k in range(3):
+        exact = average(k, 16, "nearest")
+        assert (ours[:, k] - exact).std() < 0.08 * noise.std()
+        assert (average(k, 1, "bilinear") - exact).std() > 0.2 * noise.std()
+
+
+def test_each_transformation_equals_torchvisions():
+    """Table 1d: jitter, gray, solarise and blur, drawn per exemplar, equal torchvision's functions
+    called one image at a time with the same numbers."""
+    x = rand(5, 3, 24, 24, seed=1, dtype=torch.float32)
+    u = rand(5, 9, seed=2, dtype=torch.float32)
+    off = dict(jitter=0, gray=0, blur=0, solarize=0)
+    got = crop.transform(x, u, **{**off, "jitter": 1})
+    for i, (_, b, c, s, h, *_) in enumerate(u.tolist()):
+        y = TF.adjust_brightness(x[i], 0.6 + 0.8 * b)
+        y = TF.adjust_contrast(y, 0.6 + 0.8 * c)
+        y = TF.adjust_saturation(y, 0.8 + 0.4 * s)
+        y = TF.adjust_hue(y, 0.2 * h - 0.1)
+        torch.testing.assert_close(got[i], y, atol=2e-3, rtol=0)  # theirs weigh gray by 0.2989
+    torch.testing.assert_close(crop.transform(x, u, **{**off, "gray": 1}),
+                               TF.rgb_to_grayscale(x, 3), atol=1e-3, rtol=0)
+    torch.testing.assert_close(crop.transform(x, u, **{**off, "solarize": 1}), TF.solarize(x, 0.5))
+    got = crop.transform(x, u, **{**off, "blur": 1})
+    for i in range(5):
+        y = TF.gaussian_blur(x[i], 17, 0.1 + 1.9 * u[i, 7].item())
+        torch.testing.assert_close(got[i, :, 8:-8, 8:-8], y[:, 8:-8, 8:-8], atol=1e-4, rtol=0)
+    assert crop.transform(x, u, **off) is x
+
+
+def test_each_exemplar_draws_its_own_transformation():
+    """A transformation of probability p touches a share p of the exemplars, whatever the others."""
+    x = rand(400, 3, 4, 4, dtype=torch.float32)
+    u = rand(400, 9, seed=3, dtype=torch.float32)
+    for name, p in dict(jitter=0.8, gray=0.2, blur=0.5, solarize=0.2).items():
+        only = dict(jitter=0, gray=0, blur=0, solarize=0) | {name: p}
+        touched = (crop.transform(x, u, **only) != x).flatten(1).any(1).float().mean()
+        assert abs(touched - p) < 0.07, name
+
+
+@pytest.mark.parametrize("where", ["exemplar", "context", "both", "none"])
+def test_transformations_go_where_table_1d_says(where):
+    """The context, the exemplars, both or neither are recoloured; maps and boxes never change, and
+    exemplars are cut before the context is recoloured."""
+    context, u = (rand(3, 3, 32, 32) * 255).byte(), rand(3, 5, crop.UNIFORMS, dtype=torch.float32)
+    u[..., 6:] = 0  # all probabilities hit
+    plain = crop.make_pairs(context, u, 16, transforms="none")
+    got = crop.make_pairs(context, u, 16, transforms=where)
+    assert torch.equal(got[2], plain[2]) and torch.equal(got[3], plain[3])
+    assert torch.equal(got[0], plain[0]) == (where in ("exemplar", "none"))
+    assert torch.equal(got[1], plain[1]) == (where in ("context", "none"))
+
+
+def test_the_same_numbers_give_the_same_pairs_in_any_grouping():
+    """Uniform numbers in, crops out: a batch equals its images one by one."""
+    context, u = (rand(4, 3, 64, 64) * 255).byte(), rand(4, 7, crop.UNIFORMS, dtype=torch.float32)
+    whole = crop.make_pairs(context, u, 32)
+    for i in range(4):
+        alone = crop.make_pairs(context[i:i + 1], u[i:i + 1], 32)
+        for a, b in zip(whole, alone):
+            torch.testing.assert_close(a[i:i + 1], b, atol=1e-5, rtol=0)
+
+
+# ------------------------------------------------------------------------------------ 2. images
+
+def save_images(folder, count, size=(70, 60), ext=".jpg", seed=0):
+    """Small smooth pictures, different ones."""
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for i in range(count):
+        small = Image.fromarray(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8))
+        small.resize(size, Image.BICUBIC).save(folder / f"{i:03d}{ext}")
+
+
+def test_shapes_are_a_function_of_the_index_and_splits_are_disjoint():
+    """Scene i is always the same; no scene of train is in val; labels cover the classes evenly."""
+    train, val = crop.Shapes("train"), crop.Shapes("val")
+    scenes = [np.asarray(train.open(i)).tobytes() for i in range(60)]
+    assert scenes == [np.asarray(crop.Shapes("train").open(i)).tobytes() for i in range(60)]
+    assert not set(scenes) & {np.asarray(val.open(i)).tobytes() for i in range(60)}
+    assert len(set(scenes)) == 60
+    assert np.bincount(val.labels).tolist() == [len(val) // 8] * 8 and len(train.classes) == 8
+
+
+def test_a_folder_is_read_at_any_depth_through_links_that_may_loop(tmp_path):
+    """Extensions count in any case, links are followed, loops end, classes are the first level."""
+    save_images(tmp_path / "b" / "deep" / "er", 2, ext=".JPG")
+    save_images(tmp_path / "a", 1, ext=".png")
+    save_images(tmp_path / "elsewhere", 1)
+    (tmp_path / "elsewhere").rename(tmp_path.parent / "elsewhere")
+    (tmp_path / "c").symlink_to(tmp_path.parent / "elsewhere")
+    (tmp_path / "b" / "loop").symlink_to(tmp_path)
+    (tmp_path / "self").symlink_to(tmp_path / "self")
+    (tmp_path / "a" / "notes.txt").write_text("no image")
+    images = crop.Folder(str(tmp_path))
+    assert images.paths == ["a/000.png", "b/deep/er/000.JPG", "b/deep/er/001.JPG", "c/000.jpg"]
+    assert images.classes == ["a", "b", "c"] and images.labels == [0, 1, 1, 2]
+    some = crop.Folder(str(tmp_path), ["c", "a"])
+    assert some.paths == ["a/000.png", "c/000.jpg"] and some.labels == [1, 0]
+
+
+@pytest.mark.parametrize("layout", ["train+val", "train", "flat"])
+def test_what_is_held_out_is_never_trained_on(tmp_path, layout):
+    """With train/ and val/, val is held out; else a seeded slice, the same one every time."""
+    for part in layout.split("+") if layout != "flat" else ["x"]:
+        save_images(tmp_path / part, 60 if part != "val" else 5)
+    (train, rows), (val, held), sentence = crop.pretraining_split(str(tmp_path), seed=1)
+    names, out = {train.name(i) for i in rows}, {val.name(i) for i in held}
+    assert not names & out and str(len(held)) in sentence
+    assert (len(names), len(out)) == ((60, 5) if layout == "train+val" else (57, 3))
+    assert crop.pretraining_split(str(tmp_path), seed=1)[1][1] == held
+
+
+@pytest.mark.parametrize("mode, colour", [("RGB", (200, 100, 50)), ("L", 128), ("P", 7), ("1", 1),
+                                          ("LA", (128, 255)), ("RGBA", (200, 100, 50, 255)),
+                                          ("CMYK", (0, 128, 200, 30)), ("I;16", 128 * 257),
+                                          ("I", 128 * 257), ("F", 128.0)])
+def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, colour):
+    """CMYK, palette, 16-bit, gray, alpha and bilevel files give the colour that they show."""
+    path = tmp_path / {"CMYK": "x.jpg", "F": "x.tif", "I": "x.tif"}.get(mode, "x.png")
+    Image.new(mode, (40, 30), colour).save(path)
+    with Image.open(path) as image:
+        got = crop.cut_context(image, np.random.default_rng(0), 16)
+        expected = crop.to_rgb(Image.open(path)).getpixel((0, 0))
+    assert got.shape == (3, 16, 16) and got.dtype == torch.uint8
+    assert (got.float() - torch.tensor(expected).view(3, 1, 1)).abs().max() <= 2
+    if mode in ("L", "LA", "I;16", "I", "F"):
+        assert expected == (128, 128, 128)
+    if mode in ("RGB", "RGBA"):
+        assert expected == (200, 100, 50)
+
+
+@pytest.mark.parametrize("size", [(500, 1), (1, 300), (1, 1), (3, 2)])
+def test_a_one_pixel_high_image_is_still_a_context(tmp_path, size):
+    """RandomResizedCrop's fall-back: the middle of an image too long for any crop."""
+    Image.new("RGB", size, (9, 8, 7)).save(tmp_path / "x.png")
+    got = crop.cut_context(Image.open(tmp_path / "x.png"), np.random.default_rng(0), 32)
+    assert got[:, 0, 0].tolist() == [9, 8, 7] and got.shape == (3, 32, 32)
+
+
+def test_a_context_is_the_random_resized_crop_of_the_upright_photo(tmp_path):
+    """cut_context equals Pillow's resize of the box that draw_crop names, in the photo as its EXIF
+    orientation shows it; the crop's area is uniform in 0.5 to 1 and inside the photo."""
+    rng = np.random.default_rng(0)
+    picture = Image.fromarray(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)).resize((80, 60))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored lying on its side
+    picture.transpose(Image.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    for seed in range(4):
+        got = crop.cut_context(Image.open(tmp_path / "turned.png"), np.random.default_rng(seed), 32)
+        rng = np.random.default_rng(seed)
+        left, top, w, h = crop.draw_crop(rng, 80, 60)
+        expected = picture.resize((32, 32), Image.BICUBIC, box=(left, top, left + w, top + h))
+        if rng.random() < 0.5:
+            expected = expected.transpose(Image.FLIP_LEFT_RIGHT)
+        assert np.array_equal(got.permute(1, 2, 0).numpy(), np.asarray(expected))
+    boxes = np.array([crop.draw_crop(np.random.default_rng(i), 300, 200) for i in range(2000)])
+    area = boxes[:, 2] * boxes[:, 3] / 60000
+    assert 0.5 <= area.min() < 0.51 and area.max() <= 1 and (boxes[:, :2] >= 0).all()
+    assert ((boxes[:, 0] + boxes[:, 2]) <= 300).all() and ((boxes[:, 1] + boxes[:, 3]) <= 200).all()
+
+
+def test_draft_decoding_keeps_the_picture(tmp_path):
+    """A large JPEG decoded at a fraction of its size (Pillow's draft) shows the same context."""
+    save_images(tmp_path, 1, size=(800, 600))
+    fast = crop.cut_context(Image.open(tmp_path / "000.jpg"), np.random.default_rng(1), 64)
+    whole = Image.open(tmp_path / "000.jpg")
+    whole.load()
+    slow = crop.cut_context(whole, np.random.default_rng(1), 64)
+    assert (fast.float() - slow.float()).abs().mean() < 2
+
+
+def loaded(world=1, rank=0, workers=0, micro=8, seed=0, steps=range(3, 7), source=None):
+    cfg = pretrain.parse_config(pretrain.Config, pretrain.PRESETS, [*TINY, f"--seed={seed}"])
+    machine = pretrain.Machine(torch.device("cpu"), rank, world, torch.float32, False)
+    source = source or crop.Shapes("val")
+    dataset = crop.Contexts(source, list(range(20)), 32, seed)
+    batches = pretrain.micro_batches(20, cfg, machine, steps, micro)
+    return [c for c, _ in pretrain.make_loader(dataset, batches, workers, machine)]
+
+
+def test_the_images_of_a_step_do_not_depend_on_the_machine():
+    """Design 4: any number of workers, processes and micro-batches sees the same contexts in the
+    same order, from any step on; another seed sees others."""
+    whole = torch.cat(loaded())
+    assert whole.shape == (32, 3, 32, 32)
+    assert torch.equal(whole, torch.cat(loaded(workers=3)))
+    assert torch.equal(whole, torch.cat(loaded(micro=2)))
+    assert torch.equal(whole[16:], torch.cat(loaded(steps=range(5, 7))))
+    halves = [torch.cat(loaded(world=2, rank=r, micro=4)).unflatten(0, (4, 4)) for r in (0, 1)]
+    assert torch.equal(whole, torch.cat(halves, 1).flatten(0, 1))
+    assert not torch.equal(whole, torch.cat(loaded(seed=1)))
+
+
+def test_an_epoch_shows_each_image_once_and_each_epoch_other_crops():
+    """Step s of an epoch is the s-th slice of one permutation; the incomplete batch is dropped."""
+    cfg = pretrain.parse_config(pretrain.Config, pretrain.PRESETS, TINY)
+    machine = pretrain.Machine(torch.device("cpu"), 0, 1, torch.float32, False)
+    keys = [k for b in pretrain.micro_batches(20, cfg, machine, range(6), 4) for k in b]
+    assert [e for e, _ in keys] == [0] * 16 + [1] * 16 + [2] * 16
+    for e in range(3):
+        seen = [i for epoch, i in keys if epoch == e]
+        assert len(set(seen)) == 16 and set(seen) <= set(range(20))
+    dataset = crop.Contexts(crop.Shapes("val"), [0], 32, 0)
+    assert not torch.equal(dataset[0, 0][0], dataset[1, 0][0])
+    assert torch.equal(dataset[1, 0][0], dataset[1, 0][0])
+
+
+# --------------------------------------------------------------------------------- 3. the model
+
+def tiny_cim(encoder="vit_d8", width=32, depth=1, seed=0):
+    torch.manual_seed(seed)
+    size = 2 * (model.ENCODERS[encoder][2] if model.ENCODERS[encoder] else 32)
+    cim = model.CIM(encoder, 2 * size, width, depth, freeze_patch_embed=False)
+    context, exemplars = torch.randn(2, 3, 2 * size, 2 * size), torch.randn(2, 3, 3, size, size)
+    maps = (torch.rand(2, 3, 2 * size, 2 * size) > 0.7).float()
+    return cim, context, exemplars, maps
+
+
+def test_vit_equals_torchvisions():
+    """ViT-B/16 with torchvision's vit_b_16 weights gives its tokens, cls first; keys are timm's."""
+    theirs = torchvision.models.vit_b_16(weights=None).eval()
+    ours = model.build_encoder("vit_b16").eval()
+    nn.init.normal_(theirs.class_token)
+    old = theirs.state_dict()
+    new = {"cls_token": old["class_token"], "pos_embed": old["encoder.pos_embedding"],
+           "patch_embed.proj.weight": old["conv_proj.weight"],
+           "patch_embed.proj.bias": old["conv_proj.bias"]}
+    names = {"ln_1": "norm1", "ln_2": "norm2", "mlp.0": "mlp.fc1", "mlp.3": "mlp.fc2",
+             "self_attention.in_proj_": "attn.qkv.", "self_attention.out_proj": "attn.proj"}
+    for key, value in old.items():
+        key = key.removeprefix("encoder.").replace("layers.encoder_layer_", "blocks.")
+        for a, b in names.items():
+            key = key.replace(a, b)
+        if key.startswith(("blocks.", "ln.")):
+            new[key.replace("ln.", "norm.")] = value
+    ours.load_state_dict(new)  # strict: every timm key is there and no other
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        expected = theirs.encoder(torch.cat([theirs.class_token, theirs._process_input(x)], 1))
+        torch.testing.assert_close(ours(x), expected, atol=2e-4, rtol=1e-4)
+
+
+def test_resnet50_equals_torchvisions():
+    """ResNet-50 with torchvision's weights gives its last feature map, row by row, in training and
+    in evaluation, and moves its BatchNorm statistics alike."""
+    theirs, ours = torchvision.models.resnet50(weights=None), model.build_encoder("resnet50")
+    state = {k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")}
+    ours.load_state_dict(state)
+    body = nn.Sequential(*list(theirs.children())[:-2])
+    x = torch.randn(2, 3, 96, 64)
+    for mode in (True, False):
+        expected = body.train(mode)(x)  # [2, 2048, 3, 2]
+        torch.testing.assert_close(ours.train(mode)(x), expected.permute(0, 2, 3, 1).flatten(1, 2))
+    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items()
+               if "running" in k or "tracked" in k)
+
+
+@pytest.mark.parametrize("name, width, parameters", [
+    ("vit_t16", 192, 5_524_416), ("vit_s16", 384, 21_665_664), ("vit_b16", 768, 85_798_656),
+    ("vit_l16", 1024, 303_301_632), ("resnet50", 2048, 23_508_032)])
+def test_encoders_have_the_published_sizes(name, width, parameters):
+    """timm's and torchvision's parameter counts without the classifier; tables are for 224 px."""
+    with torch.device("meta"):
+        encoder = model.build_encoder(name)
+        tokens = encoder(torch.empty(2, 3, 160, 160))
+    assert sum(p.numel() for p in encoder.parameters()) == parameters
+    assert tokens.shape == (2, (1 + 100) if name != "resnet50" else 25, width)
+    if name != "resnet50":
+        assert encoder.pos_embed.shape == (1, 197, width)
+
+
+def test_positions_are_the_fixed_sincos_of_row_and_column():
+    """The table of grid place (row, column) holds sin and cos of column, then of row; resized to a
+    finer grid it still tells rows from columns, and at its own size it is itself."""
+    table = model.sincos_positions(14, 64)
+    for row, column in [(0, 0), (3, 11), (13, 2)]:
+        expected = []
+        for at in (column, row):
+            angles = [at / 10000 ** (k / 16) for k in range(16)]
+            expected += [math.sin(a) for a in angles] + [math.cos(a) for a in angles]
+        expected = torch.tensor(expected)
+        torch.testing.assert_close(table[row * 14 + column], expected, atol=1e-6, rtol=0)
+    assert torch.equal(model.resize_positions(table[None], 14, 14)[0], table)
+    small = model.resize_positions(table[None], 4, 10)[0].view(4, 10, 64)
+    grid = table.view(14, 14, 64).permute(2, 0, 1)[None]
+    expected = F.interpolate(grid, size=(4, 10), mode="bicubic")[0].permute(1, 2, 0)
+    torch.testing.assert_close(small, expected)
+
+
+def test_cross_attention_equals_multihead_attention():
+    """Eqs. 4 and 5: a layer is nn.MultiheadAttention with query f_c(h_c) + PE and no projection
+    after the heads, then h = h_c + a + MLP(LN(h_c + a)), with h_c projected by f_c."""
+    torch.manual_seed(0)
+    layer = model.CorrelationLayer(48, 40, 64)
+    h_c, h_z, positions = torch.randn(2, 1, 9, 48), torch.randn(2, 5, 7, 40), torch.randn(9, 64)
+    oracle = nn.MultiheadAttention(64, 2, kdim=40, vdim=40, batch_first=True)
+    oracle.load_state_dict({
+        "q_proj_weight": torch.eye(64), "k_proj_weight": layer.f_k.weight,
+        "v_proj_weight": layer.f_v.weight, "out_proj.weight": torch.eye(64),
+        "out_proj.bias": torch.zeros(64),
+        "in_proj_bias": torch.cat([torch.zeros(64), layer.f_k.bias, layer.f_v.bias])})
+    got = layer(h_c, h_z, positions)
+    assert got.shape == (2, 5, 9, 64)
+    for k in range(5):
+        h = layer.f_c(h_c[:, 0])
+        a, _ = oracle(h + positions, h_z[:, k], h_z[:, k])
+        torch.testing.assert_close(got[:, k], h + a + layer.mlp(layer.norm(h + a)))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_exemplars_do_not_see_each_other(depth):
+    """Permuting the exemplars permutes the maps; each alone gives the map it gives in a batch."""
+    cim, context, exemplars, maps = tiny_cim(depth=depth)
+    nn.init.normal_(cim.decoder.predictor.weight)
+    _, logits = cim(context, exemplars, maps)
+    _, permuted = cim(context, exemplars[:, [2, 0, 1]], maps)
+    torch.testing.assert_close(permuted, logits[:, [2, 0, 1]])
+    for b in range(2):
+        for k in range(3):
+            _, alone = cim(context[b:b + 1], exemplars[b:b + 1, k:k + 1], maps[:1, :1])
+            torch.testing.assert_close(alone[0, 0], logits[b, k])
+    assert (logits[:, 0] - logits[:, 1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("encoder", list(model.ENCODERS))
+def test_the_first_loss_is_ln_2(encoder):
+    """Design 3: an untrained model says 0.5 everywhere, so its loss is ln 2 within 2%."""
+    cim, context, exemplars, maps = tiny_cim(encoder, width=512 if encoder != "vit_d8" else 32)
+    with torch.no_grad():
+        loss, _ = cim(context, exemplars, maps)
+    assert loss.item() == pytest.approx(math.log(2), rel=0.02)
+
+
+def test_the_loss_is_equation_7():
+    """Eq. 7: binary cross-entropy, the mean over pixels, exemplars and images, in float64."""
+    cim, context, exemplars, maps = tiny_cim()
+    nn.init.normal_(cim.decoder.predictor.weight)
+    loss, logits = cim(context, exemplars, maps)
+    y, p = maps.double(), logits.double().sigmoid()
+    expected = -(y * p.log() + (1 - y) * (1 - p).log()).mean()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert logits.shape == maps.shape
+
+
+@pytest.mark.parametrize("encoder", ["vit_d8", "resnet50"])
+def test_gradients_reach_the_online_encoder_and_the_decoder_only(encoder):
+    """Section 3.2: the online network learns; the target gets no gradient and fixed tables none."""
+    cim, context, exemplars, maps = tiny_cim(encoder)
+    cim(context, exemplars, maps)[0].backward()
+    for name, p in cim.named_parameters():
+        fixed = name.startswith("target.") or "pos_embed" in name or name == "decoder.positions"
+        assert (p.grad is None) if fixed else (p.grad is not None and p.grad.abs().sum() > 0), name
+    frozen = model.CIM(encoder, 64, 32, freeze_patch_embed=True).online
+    still = {n for n, p in frozen.named_parameters() if not p.requires_grad}
+    assert still == ({"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
+                     if encoder != "resnet50" else set())
+
+
+def test_the_target_is_the_moving_average_of_everything():
+    """Eq. 3 in closed form: after n updates towards a constant online network the target is
+    tau^n of its start and 1 - tau^n of the online one, BatchNorm statistics included; counters
+    are copied; tau 1 changes nothing."""
+    cim, *_ = tiny_cim("resnet50")
+    for t in cim.online.state_dict().values():
+        t.copy_(torch.randn_like(t) if t.is_floating_point() else torch.full_like(t, 7))
+    start = {k: v.clone() for k, v in cim.target.state_dict().items()}
+    for _ in range(5):
+        cim.update_target(0.9)
+    online, target = cim.online.state_dict(), cim.target.state_dict()
+    for key, value in target.items():
+        if value.is_floating_point():
+            expected = 0.9**5 * start[key] + (1 - 0.9**5) * online[key]
+            torch.testing.assert_close(value, expected, atol=1e-6, rtol=1e-5)
+        else:
+            assert value == 7
+    before = {k: v.clone() for k, v in target.items()}
+    cim.update_target(1.0)
+    assert all(torch.equal(v, before[k]) for k, v in cim.target.state_dict().items())
+
+
+def test_the_target_normalises_contexts_by_contexts():
+    """Design 3: in training the target's BatchNorm uses the statistics of the contexts at hand."""
+    cim, context, exemplars, maps = tiny_cim("resnet50")
+    cim.train()
+    seen = []
+    cim.target.bn1.register_forward_hook(lambda m, i, o: seen.append(o))
+    cim(context, exemplars, maps)
+    assert seen[0].mean((0, 2, 3)).abs().max() < 1e-4  # normalised with its own batch
+
+
+# -------------------------------------------------------------------------------- 4. training
+
+def demo(out, *flags):
+    """Train in this process; -> the rows of the log."""
+    pretrain.main([*TINY, f"--out={out}", *flags])
+    return [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
+
+
+def encoder_of(out):
+    return torch.load(os.path.join(out, "encoder.pt"), weights_only=True)
+
+
+def test_the_defaults_are_table_9():
+    """Config() is the paper's pre-training recipe, value by value."""
+    expected = dict(epochs=300, lr=2.4e-3, batch_size=4096, lr_batch=4096, weight_decay=0.05,
+                    beta1=0.9, beta2=0.95, warmup_epochs=40, clip=1.0, context_size=160,
+                    exemplar_size=64, exemplars=6, model="vit_b16", decoder_width=512,
+                    decoder_depth=1, scale=(0.05, 1.0), ratio=(1 / 3, 3.0), rotation=45.0, flip=0.5,
+                    transforms="exemplar", tau=0.99)
+    cfg = pretrain.Config()
+    assert {k: getattr(cfg, k) for k in expected} == expected
+    assert pretrain.parse_config(pretrain.Config, pretrain.PRESETS, []) == cfg
+    assert pretrain.PRESETS["paper"] == {}
+
+
+def test_presets_are_values_only_and_every_field_is_read():
+    """A preset names fields and nothing else; no field is a flag that nothing reads."""
+    names = {f.name for f in dataclasses.fields(pretrain.Config)}
+    for preset, values in pretrain.PRESETS.items():
+        assert set(values) <= names
+        cfg = pretrain.parse_config(pretrain.Config, pretrain.PRESETS, [f"--preset={preset}"])
+        assert cfg.preset == preset and all(getattr(cfg, k) == v for k, v in values.items())
+    source = open(os.path.join(HERE, "pretrain.py")).read()
+    for name in names - {"preset"}:
+        assert re.search(rf"\bcfg\.{name}\b", source), name
+    assert set(pretrain.FREE) <= names
+
+
+def test_learning_rate_and_tau_at_their_hinges():
+    """Table 9: linear warm-up, cosine to 0; Eq. 3's tau goes from its start to 1 by a cosine. A
+    warm-up longer than the run is its first part."""
+    lr = [pretrain.learning_rate(s, 100, 2.0, 10) for s in range(101)]
+    assert lr[0] == 0.2 and lr[9] == lr[10] == 2.0 and lr[55] == pytest.approx(1.0)
+    assert lr[100] == pytest.approx(0, abs=1e-15) and max(lr) == 2.0
+    assert all(a >= b for a, b in zip(lr[10:], lr[11:]))
+    assert [pretrain.learning_rate(s, 5, 1.0, 10) for s in range(5)] == [0.1, 0.2, 0.3, 0.4, 0.5]
+    tau = [pretrain.target_decay(s, 100, 0.99) for s in range(101)]
+    assert tau[0] == 0.99 and tau[50] == pytest.approx(0.995) and tau[100] == 1.0
+
+
+def test_weight_decay_spares_biases_norms_and_the_cls_token():
+    """Design 3: only matrices and kernels decay; frozen tables are in no group."""
+    cim, *_ = tiny_cim()
+    decay, still = pretrain.parameter_groups(cim, 0.05)
+    assert decay["weight_decay"] == 0.05 and still["weight_decay"] == 0
+    names = {id(p): n for n, p in cim.named_parameters()}
+    assert all(names[id(p)].endswith(".weight") for p in decay["params"])
+    spared = {names[id(p)] for p in still["params"]}
+    assert "online.cls_token" in spared and "online.norm.weight" in spared
+    assert all(n.endswith(("bias", "cls_token")) or "norm" in n for n in spared)
+    learn = {n for n, p in cim.named_parameters() if p.requires_grad}
+    assert {names[id(p)] for g in (decay, still) for p in g["params"]} == learn
+
+
+def test_clipping_really_clips(tmp_path, monkeypatch):
+    """Table 9: the gradient that the optimiser sees is never longer than --clip; the log tells the
+    length it had. With --clip 0 it is left alone."""
+    lengths = []
+    real = torch.optim.AdamW.step
+
+    def step(self, *args):
+        grads = [p.grad for g in self.param_groups for p in g["params"]]
+        lengths.append(torch.stack([g.norm() for g in grads]).norm().item())
+        return real(self, *args)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", step)
+    rows = demo(tmp_path / "a", "--clip=0.01", "--max_steps=3")
+    assert all(row["grad_norm"] > 0.02 for row in rows)
+    assert lengths == pytest.approx([0.01] * 3, rel=1e-3)
+    lengths.clear()
+    rows = demo(tmp_path / "b", "--clip=0", "--max_steps=3")
+    assert lengths == pytest.approx([row["grad_norm"] for row in rows], rel=1e-3)
+
+
+def test_accumulated_gradients_equal_the_full_batch(tmp_path):
+    """Four micro-batches of two give the step of one batch of eight, to float rounding."""
+    whole = demo(tmp_path / "a", "--micro_batch=8", "--max_steps=3")
+    parts = demo(tmp_path / "b", "--micro_batch=2", "--max_steps=3")
+    for a, b in zip(whole, parts):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
+        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
+    for a, b in zip(encoder_of(tmp_path / "a").values(), encoder_of(tmp_path / "b").values()):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+def command(*words, **env):
+    return subprocess.run([sys.executable, *words], cwd=HERE, capture_output=True, text=True,
+                          timeout=240, env={**os.environ, "OMP_NUM_THREADS": "1", **env})
+
+
+def test_two_processes_equal_one(tmp_path):
+    """torchrun with two gloo processes gives the run of one: losses, held-out skill and weights."""
+    one = demo(tmp_path / "one", "--max_steps=3")
+    result = command("-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=29517",
+                     "pretrain.py", *TINY, "--max_steps=3", f"--out={tmp_path / 'two'}")
+    assert result.returncode == 0, result.stderr
+    two = [json.loads(line) for line in open(tmp_path / "two" / "log.jsonl")]
+    assert [r["step"] for r in one] == [r["step"] for r in two] == [1, 2, 3]
+    for a, b in zip(one, two):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+    for key in ("skill", "skill_swapped", "baseline", "rank"):
+        assert one[-1][key] == pytest.approx(two[-1][key], rel=1e-3, abs=1e-5), key
+    for a, b in zip(encoder_of(tmp_path / "one").values(), encoder_of(tmp_path / "two").values()):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+def test_four_steps_equal_two_and_resumed_two_bit_for_bit(tmp_path):
+    """Design 4: a resumed run is the uninterrupted run, weights, log and all."""
+    whole = demo(tmp_path / "a", "--max_steps=4")
+    demo(tmp_path / "b", "--max_steps=2")
+    with open(tmp_path / "b" / "log.jsonl", "a") as f:
+        f.write('{"step": 3, "lost": "in a crash"}\n{"step": 4, "tor')
+    parts = demo(tmp_path / "b", "--max_steps=4", "--micro_batch=8", "--workers=1")
+    assert [r["step"] for r in parts] == [1, 2, 3, 4]
+    for row in whole + parts:
+        del row["images_per_s"], row["data_wait"]
+    assert [parts[0], *parts[2:]] == [whole[0], *whole[2:]]  # the short run evaluated at step 2
+    a, b = (torch.load(tmp_path / x / "ckpt.pt", weights_only=True) for x in "ab")
+    for part in ("model", "optimizer"):
+        flat_a, flat_b = (torch.utils._pytree.tree_leaves(c[part]) for c in (a, b))
+        assert len(flat_a) == len(flat_b) > 10
+        assert all(torch.equal(x, y) if torch.is_tensor(x) else x == y
+                   for x, y in zip(flat_a, flat_b))
+    assert all(torch.equal(v, encoder_of(tmp_path / "b")[k])
+               for k, v in encoder_of(tmp_path / "a").items())
+
+
+def test_a_finished_run_says_so(tmp_path, capsys):
+    """The same command again changes nothing and exits well."""
+    demo(tmp_path, "--max_steps=1")
+    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    demo(tmp_path, "--max_steps=1")
+    assert "finished, 1 of 1 steps" in capsys.readouterr().out
+    assert before == {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+
+
+def test_resnet50_trains_too(tmp_path):
+    """Table 9's note: the same recipe, untuned, runs with the CNN; its target's statistics move."""
+    rows = demo(tmp_path, "--model=resnet50", "--exemplars=2", "--batch_size=2", "--max_steps=2")
+    assert len(rows) == 2 and all(math.isfinite(r["loss"]) for r in rows)
+    saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
+    assert (saved["target.bn1.running_mean"] != 0).any()
+    assert set(encoder_of(tmp_path)) == set(model.build_encoder("resnet50").state_dict())
+
+
+def test_bfloat16_stays_close_to_float32(tmp_path):
+    """bf16 autocast changes the loss of the first steps by less than 1% and keeps fp32 weights."""
+    plain = demo(tmp_path / "a", "--max_steps=3")
+    brief = demo(tmp_path / "b", "--max_steps=3", "--dtype=bfloat16")
+    for a, b in zip(plain, brief):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.01)
+    assert {v.dtype for v in encoder_of(tmp_path / "b").values()} == {torch.float32}
+
+
+def test_gflop_per_image_equals_the_hand_count():
+    """Design 5: ViT-B/16 takes 17.7 GFLOP in the target, 52.3 in the online encoder, and the
+    decoder the products of Eqs. 4-6, within 2%."""
+    def encoder(patches):
+        n = patches + 1
+        return 12 * (24 * n * 768**2 + 4 * n**2 * 768) + patches * 2 * 768**2
+
+    target, online = encoder(100), 6 * encoder(16)
+    assert target == pytest.approx(17.7e9, rel=0.01)
+    assert 3 * online == pytest.approx(52.3e9, rel=0.02)
+    shared = 100 * 768 * 512 + 6 * 17 * 2 * 768 * 512  # f_c (its input needs no gradient), f_k, f_v
+    each = 6 * (100 * 8 * 512**2 + 2 * 100 * 17 * 512 + 100 * 512)
+    hand = target + 3 * online + 2 * (3 * (shared + each))
+    assert pretrain.gflop_per_image(pretrain.Config()) * 1e9 == pytest.approx(hand, rel=0.02)
+
+
+# --------------------------------------------------------------------------------- 5. honesty
+
+def test_eight_images_can_be_overfitted():
+    """The model can learn the task at all: on eight fixed images the loss falls to half of what
+    the best predictor that ignores the exemplar can reach."""
+    torch.manual_seed(0)
+    cim = model.CIM("vit_d8", 32, 64, freeze_patch_embed=False)
+    dataset = crop.Contexts(crop.Shapes("train"), list(range(8)), 32, 0)
+    contexts, _ = crop.collate([dataset[0, i] for i in range(8)])
+    pairs = crop.make_pairs(contexts, rand(8, 7, crop.UNIFORMS, dtype=torch.float32), 16)[:3]
+    optimizer = torch.optim.AdamW(pretrain.parameter_groups(cim, 0.05), lr=2e-3, fused=True)
+    for _ in range(120):
+        loss, _ = cim(*pairs)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(cim.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        cim.update_target(0.99)
+    assert loss.item() < 0.21
+
+
+def held_out(**kw):
+    cfg = dataclasses.replace(pretrain.parse_config(pretrain.Config, pretrain.PRESETS, TINY), **kw)
+    machine = pretrain.Machine(torch.device("cpu"), 0, 1, torch.float32, False)
+    return pretrain.HeldOut(crop.Shapes("val"), list(range(30)), cfg, machine), cfg
+
+
+class Oracle(nn.Module):
+    """Looks like CIM; answers what `say` makes of the true maps and of the exemplars."""
+
+    def __init__(self, say):
+        super().__init__()
+        self.online, self.say = model.ViT(64, 1, 8), say
+
+    def forward(self, context, exemplars, maps):
+        logits = torch.logit(self.say(exemplars, maps).clamp(1e-6, 1 - 1e-6))
+        return F.binary_cross_entropy_with_logits(logits, maps), logits
+
+
+def test_skill_is_nought_without_the_exemplar_and_one_with_the_answer():
+    """skill = 1 - loss / baseline: the mean map has skill 0, the true map 1, and 0.5 everywhere
+    is worse than nothing; the baseline equals a float64 loop and is about 0.42 nats by default."""
+    held, cfg = held_out(context_size=64)
+    mean = held.evaluate(Oracle(lambda exemplars, maps: held.mean_map.expand_as(maps)))
+    assert mean["skill"] == pytest.approx(0, abs=1e-4) and mean["skill_swapped"] == mean["skill"]
+    assert held.evaluate(Oracle(lambda exemplars, maps: maps))["skill"] > 0.999
+    assert held.evaluate(Oracle(lambda exemplars, maps: maps * 0 + 0.5))["skill"] < -0.5
+    boxes = crop.sample_boxes(rand(20000, 6, seed=5))
+    y = crop.rasterize_maps(crop.affine_from_boxes(boxes), 64)
+    p = y.mean(0)
+    entropy = -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p)).mean().item()
+    assert 0.41 < entropy < 0.43
+    assert mean["baseline"] == pytest.approx(entropy, rel=0.06)  # 180 maps only
+    assert (held.mean_map - p).abs().max() < 0.04
+
+
+def test_swapped_exemplars_are_those_of_another_image():
+    """The control: a model that finds its map by the exemplar loses it when they are swapped."""
+    held, cfg = held_out()
+    _, exemplars, maps, _ = pretrain.make_pairs(held.contexts, held.u, cfg)
+    table = {e.sum().item(): m for e, m in zip(exemplars.flatten(0, 1), maps.flatten(0, 1))}
+
+    def look_up(asked, truth):
+        found = [table[e.sum().item()] for e in asked.flatten(0, 1)]
+        return torch.stack(found).view_as(truth)
+
+    scores = held.evaluate(Oracle(look_up))
+    assert scores["skill"] > 0.999 and scores["skill_swapped"] < 0
+
+
+def test_rank_counts_the_directions_that_features_use():
+    """The effective rank is 1 when all features lie on a line and d when d directions share the
+    variance alike."""
+    held, _ = held_out()
+    oracle = Oracle(lambda exemplars, maps: maps)
+
+    class Features(nn.Module):
+        prefix, width = 0, 64
+
+        def __init__(self, d):
+            super().__init__()
+            self.rows, self.at = torch.eye(64)[:d].repeat(30, 1)[:30], 0
+
+        def forward(self, images):
+            self.at += len(images)
+            return self.rows[self.at - len(images):self.at, None]
+
+    for d in (2, 3, 5, 6):
+        oracle.online = Features(d)
+        assert held.evaluate(oracle)["rank"] == pytest.approx(d - 1, rel=1e-3)  # centred: one fewer
+
+
+# --------------------------------------------------------------------- 6. files and bad input
+
+@pytest.mark.parametrize("flags, words", [
+    (["--batchsize=4"], "unknown flag --batchsize; did you mean --batch_size"),
+    (["demo"], "'demo' does not belong to a flag"),
+    (["--epochs=many"], "--epochs: invalid int value"),
+    (["--scale=0.5"], "--scale takes two numbers"),
+    (["--freeze_patch_embed=maybe"], "invalid boolean value"),
+    (["--lr=nan"], "invalid number value"),
+])
+def test_a_misspelt_command_line_is_one_sentence(flags, words, capsys):
+    """Wrong names and types end with status 2 and say what is allowed, before any work."""
+    with pytest.raises(SystemExit) as stop:
+        pretrain.parse_config(pretrain.Config, pretrain.PRESETS, flags)
+    assert stop.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--preset=dmeo"], "choose one of paper, imagenette, demo"),
+    (["--model=vit_b32"], "choose one of vit_d8"),
+    (["--context_size=150"], "no multiple of 16"),
+    (["--scale=0.4,1"], "only boxes of area up to 0.300 fit"),
+    (["--ratio", "0", "3"], "ratio"),
+    (["--rotation=200"], "between 0 and 180"),
+    (["--transforms=all"], "exemplar, context, both, none"),
+    (["--batch_size=0"], "above 0"),
+    (["--lr=0"], "above 0"),
+    (["--clip=-1"], "0 or more"),
+    (["--flip=1.5"], "at most 1"),
+    (["--decoder_width=100"], "no multiple of 32"),
+    (["--data=/no/such"], "no folder '/no/such'"),
+    (["--preset=demo", "--batch_size=30000", "--micro_batch=0"], "fewer than one batch"),
+    (["--preset=demo", "--micro_batch=5"], "does not divide the"),
+    (["--preset=demo", "--classes=/no/list"], "class list"),
+    (["--preset=demo", "--device=mps"], "no Apple GPU"),
+])
+def test_values_that_cannot_work_are_named(flags, words, tmp_path):
+    """Each impossible value, folder or combination is one clear sentence."""
+    with pytest.raises(InputError, match=re.escape(words)):
+        pretrain.main([f"--out={tmp_path / 'x'}", *flags])
+    assert not (tmp_path / "x").exists()
+
+
+def test_flags_beat_presets_and_both_spellings_work():
+    """Flag, preset, default, in this order; pairs by space or comma, fractions, booleans."""
+    cfg = pretrain.parse_config(pretrain.Config, pretrain.PRESETS, [
+        "--preset", "demo", "--lr", "0.5", "--ratio", "1/4", "4", "--scale=0.1,0.2",
+        "--freeze_patch_embed", "--flip=0"])
+    assert (cfg.lr, cfg.ratio, cfg.scale, cfg.flip) == (0.5, (0.25, 4.0), (0.1, 0.2), 0.0)
+    assert cfg.freeze_patch_embed is True and cfg.data == "shapes"
+
+
+def test_batches_that_do_not_divide_name_one_that_would():
+    """batch_size over processes, micro_batch over a process's share."""
+    machine = pretrain.Machine(torch.device("cpu"), 0, 3, torch.float32, False)
+    with pytest.raises(InputError, match="not divisible by 3 processes; 33 would be"):
+        pretrain.split_batch(32, 0, machine)
+    assert pretrain.split_batch(96, 0, machine) == (32, 1)
+    assert pretrain.split_batch(4096 * 3, 0, machine) == (32, 128)
+    assert pretrain.split_batch(96, 8, machine) == (8, 4)
+
+
+def test_unreadable_images_are_replaced_named_once_and_counted(tmp_path, capsys):
+    """A truncated JPEG, text named .jpg and an empty file are replaced by the next readable image
+    with one warning each; four of forty are an error."""
+    save_images(tmp_path / "a", 40)
+    bad = [tmp_path / "a" / f"{i:03d}.jpg" for i in (3, 4, 11)]
+    bad[0].write_bytes(bad[0].read_bytes()[:300])
+    bad[1].write_text("not an image")
+    bad[2].write_bytes(b"")
+    flags = [f"--data={tmp_path}", "--max_steps=6"]
+    rows = demo(tmp_path / "out", *flags)
+    said = capsys.readouterr().err
+    assert len(rows) == 6 and all(said.count(f"read '{path}'") == 1 for path in bad), said
+    dataset = crop.Contexts(crop.Folder(str(tmp_path / "a")), list(range(40)), 32, 0)
+    context, failures = dataset[0, 3]
+    assert [os.path.basename(n) for n, _ in failures] == ["003.jpg", "004.jpg"]
+    with Image.open(tmp_path / "a" / "005.jpg") as image:
+        expected = crop.cut_context(image, np.random.default_rng((0, 3, 0, 3)), 32)
+    assert torch.equal(context, expected)
+    (tmp_path / "a" / "020.jpg").write_text("one too many")
+    with pytest.raises(InputError, match="4 of 39 images cannot be read"):
+        demo(tmp_path / "out2", *flags)
+
+
+def test_a_folder_of_unreadable_images_is_an_error(tmp_path):
+    """When nothing can be read the run ends with the names, not with a hang."""
+    for i in range(30):
+        tmp_path.joinpath(f"{i}.jpg").write_text("nothing")
+    with pytest.raises(InputError, match="cannot be read"):
+        demo(tmp_path / "out", f"--data={tmp_path}")
+
+
+@pytest.mark.parametrize("content", ["text", "pickle", "empty", "other"])
+def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
+    """Text, a pickle that would run code, an empty file and another program's tensors are named and
+    refused; nothing in them is executed."""
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "pwned"),)
+
+    path = tmp_path / "ckpt.pt"
+    if content == "text":
+        path.write_text("hello")
+    elif content == "empty":
+        path.write_bytes(b"")
+    else:
+        torch.save({"model": Evil() if content == "pickle" else torch.zeros(3)}, path)
+    with pytest.raises(InputError, match="ckpt.pt' is not a"):
+        demo(tmp_path)
+    assert not (tmp_path / "pwned").exists()
+
+
+def test_a_checkpoint_of_another_run_names_the_fields(tmp_path):
+    """Resuming with other values is an error that names them; machine flags may change."""
+    demo(tmp_path, "--max_steps=1")
+    with pytest.raises(InputError, match=r"lr \(0.\d+ there, 0.5 here\), model \(vit_d8 there"):
+        demo(tmp_path, "--max_steps=2", "--lr=0.5", "--model=vit_t16")
+    demo(tmp_path, "--max_steps=2", "--micro_batch=4", "--workers=1", "--save_every=7")
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
+    """A failed save is one sentence naming the file; the checkpoint before it is untouched, and
+    training goes on from it."""
+    demo(tmp_path, "--max_steps=1")
+    before = (tmp_path / "ckpt.pt").read_bytes()
+
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(InputError, match="No space left on device"):
+            demo(tmp_path, "--max_steps=2")
+    assert (tmp_path / "ckpt.pt").read_bytes() == before
+    assert not list(tmp_path.glob("*.tmp"))
+    assert [r["step"] for r in demo(tmp_path, "--max_steps=2")] == [1, 2]
+
+
+def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path):
+    """Divergence ends with step, loss and learning rate, and never overwrites a good checkpoint."""
+    with pytest.raises(InputError, match=r"not finite at step \d, lr 5e\+29.* is None"):
+        demo(tmp_path, "--lr=1e30", "--warmup_epochs=0", "--max_steps=20", "--log_every=7")
+    assert not (tmp_path / "ckpt.pt").exists() and not (tmp_path / "encoder.pt").exists()
+
+
+def test_the_log_holds_what_the_design_says(tmp_path):
+    """First and last step are logged, with the documented fields; skill is null in between."""
+    rows = demo(tmp_path, "--max_steps=5", "--log_every=3", "--eval_every=4")
+    assert [r["step"] for r in rows] == [1, 3, 4, 5]
+    assert [r["skill"] is None for r in rows] == [True, True, False, False]
+    assert {"step", "epoch", "loss", "lr", "images_per_s", "tau", "grad_norm", "baseline",
+            "skill"} <= set(rows[0])
+    assert rows[0]["loss"] == pytest.approx(math.log(2), rel=0.02)
+    assert {f.name for f in tmp_path.iterdir()} == {"config.json", "log.jsonl", "ckpt.pt",
+                                                    "encoder.pt", "maps.png"}
+    assert Image.open(tmp_path / "maps.png").width > 600
+    state = encoder_of(tmp_path)
+    model.build_encoder("vit_d8").load_state_dict(state)
+    assert json.load(open(tmp_path / "config.json"))["model"] == "vit_d8"
+
+
+def test_the_contact_sheet_is_a_command(tmp_path):
+    """`python crop.py PHOTO` writes the picture; a text file named .jpg is one sentence."""
+    save_images(tmp_path, 1, size=(300, 200))
+    out = tmp_path / "sheet.png"
+    result = command("crop.py", str(tmp_path / "000.jpg"), "--out", str(out))
+    assert result.returncode == 0 and Image.open(out).width > 1000, result.stderr
+    (tmp_path / "fake.jpg").write_text("no image")
+    result = command("crop.py", str(tmp_path / "fake.jpg"))
+    assert result.returncode == 1 and result.stderr.startswith("crop.py: cannot read")
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_bench_prints_one_json_line(tmp_path):
+    """--bench ends with one JSON object on standard output and saves no checkpoint."""
+    result = command("pretrain.py", *TINY, "--bench=2", f"--out={tmp_path}")
+    assert result.returncode == 0, result.stderr
+    report = json.loads(result.stdout.splitlines()[-1])
+    assert report["n"] == 2 and report["images_per_s"] > 0 and report["bench"] == "pretrain"
+    assert json.load(open(tmp_path / "bench.json")) == report
+    assert not (tmp_path / "ckpt.pt").exists()
+
+
+def test_every_command_of_the_readme_parses():
+    """The flags of every `python SCRIPT` and `torchrun ... SCRIPT` line in the README exist."""
+    text = open(os.path.join(HERE, "README.md")).read()
+    blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)).replace("\\\n", " ")
+    lines = re.findall(r"\bpretrain\.py\b([^#&|\n]*)", blocks)
+    assert len(lines) >= 5
+    for flags in lines:
+        pretrain.parse_config(pretrain.Config, pretrain.PRESETS, flags.split())
+    assert "pip install -r requirements.txt && python pretrain.py --preset=demo" in blocks
+    assert "pip install -r requirements.txt && pytest" in blocks
