@@ -303,11 +303,17 @@ class CIM(nn.Module):
     def forward(self, context, exemplars, maps):
         """Normalised context [B, 3, m, m], exemplars [B, K, 3, n, n], maps [B, K, m, m]
         -> (loss, logits [B, K, m, m])."""
-        h_z = self.online(exemplars.flatten(0, 1)).unflatten(0, exemplars.shape[:2])  # Eq. 2
-        with torch.no_grad():
-            h_c = self.target(context)[:, self.target.prefix:]
+        h_c, h_z = self.encode(context, exemplars)  # Eq. 2
         logits = self.decoder(h_c, h_z, maps.shape[-1])  # Eqs. 4-6
         return F.binary_cross_entropy_with_logits(logits, maps), logits  # Eq. 7
+
+    def encode(self, context, exemplars):
+        """Eq. 2: -> h_c [B, N, D] of the target, h_z [B, K, Nz, D] of the online encoder, which
+        sees all exemplars as one batch. The cls token of the contexts has no place in a map."""
+        h_z = self.online(exemplars.flatten(0, 1)).unflatten(0, exemplars.shape[:2])
+        with torch.no_grad():
+            h_c = self.target(context)[:, self.target.prefix:]
+        return h_c, h_z
 
     @torch.no_grad()
     def update_target(self, tau):

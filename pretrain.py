@@ -560,9 +560,9 @@ class HeldOut:
 
     baseline: cross-entropy of the per-pixel mean map of this crop distribution, the best predictor
     that ignores the exemplar. skill = 1 - loss / baseline: how much of the map the model reads
-    from the exemplar. skill_swapped: the same with the exemplars of the next image, a control that
-    must not be above 0. rank: the effective rank of the images' features (the exponential of the
-    entropy of their covariance's spectrum); it falls towards 1 when features collapse.
+    from the exemplar. skill_swapped: the same with the exemplars of another image, a control that
+    must not be above 0. rank: the effective rank of the online features of the exemplars (the
+    exponential of the entropy of their covariance's spectrum): near 1 when features collapse.
     """
 
     NOTHING = dict.fromkeys(("baseline", "skill", "skill_swapped", "heldout_loss", "rank"))
@@ -583,30 +583,29 @@ class HeldOut:
     @torch.no_grad()
     def evaluate(self, cim):
         """-> dict of loss, baseline, skill, skill_swapped and rank; each process does its part."""
-        n = len(self.contexts)
-        cim.eval()
-        width = cim.online.width
-        sums = torch.zeros(4, device=self.machine.device)  # losses: true, swapped, baseline; images
+        n, width = len(self.contexts), cim.online.width
+        losses = torch.zeros(3, device=self.machine.device)  # of exemplars true, swapped, ignored
         moments = torch.zeros(width + 1, width, device=self.machine.device)
-        mine = torch.arange(self.machine.rank, n, self.machine.world)
-        for rows in mine.split(64):
+        cim.eval()
+        groups = torch.arange(n).tensor_split(max(1, n // 8))  # the same for any number of processes
+        for rows in groups[self.machine.rank::self.machine.world]:
             context, exemplars, maps, _ = make_pairs(self.contexts[rows], self.u[rows], self.cfg)
-            other = (rows + 1) % n
-            _, swapped, _, _ = make_pairs(self.contexts[other], self.u[other], self.cfg)
             with self.machine.autocast():
-                loss, _ = cim(context, exemplars, maps)
-                loss_swapped, _ = cim(context, swapped, maps)
-                features = cim.online(context)[:, cim.online.prefix:].float().mean(1)
-            baseline = F.binary_cross_entropy(self.mean_map.expand_as(maps), maps)
-            sums += torch.stack([loss, loss_swapped, baseline, torch.ones_like(loss)]) * len(rows)
+                h_c, h_z = cim.encode(context, exemplars)
+                logits = [cim.decoder(h_c, h.contiguous(), maps.shape[-1])
+                          for h in (h_z, h_z.roll(1, 0))]
+            p = [*(x.sigmoid() for x in logits), self.mean_map.expand_as(maps)]
+            losses += len(rows) * torch.stack([F.binary_cross_entropy(x, maps) for x in p])
+            features = h_z[:, :, cim.online.prefix:].float().mean(2).flatten(0, 1)
             moments[0] += features.sum(0)
             moments[1:] += features.T @ features
         cim.train()
-        self.machine.sum(sums, moments)
-        loss, swapped, baseline, _ = (sums / n).tolist()
-        mean = moments[0] / n
-        spectrum = torch.linalg.eigvalsh((moments[1:] / n - mean.outer(mean)).cpu().double())
-        p = spectrum.clamp(min=0) / spectrum.clamp(min=0).sum().clamp(min=1e-30)
+        self.machine.sum(losses, moments)
+        loss, swapped, baseline = (losses / n).tolist()
+        moments /= n * self.cfg.exemplars
+        covariance = moments[1:] - moments[0].outer(moments[0])
+        spectrum = torch.linalg.eigvalsh(covariance.cpu().double()).clamp(min=0)
+        p = spectrum / spectrum.sum().clamp(min=1e-30)
         return dict(heldout_loss=loss, baseline=baseline, skill=1 - loss / baseline,
                     skill_swapped=1 - swapped / baseline if n > 1 else None,
                     rank=math.exp(-torch.special.xlogy(p, p).sum()))
