@@ -239,12 +239,12 @@ def pretraining_split(data, seed, classes=None, held_out=256):
     rng = np.random.default_rng((seed, 1))  # 1: the split
     if split_up and (data in BUILT_IN or os.path.isdir(place("val"))):
         val = open_images(place("val"), "val", classes)
-        rows = sorted(rng.permutation(len(val))[:held_out].tolist())
+        rows = rng.permutation(len(val))[:held_out].tolist()
         return ((train, list(range(len(train)))), (val, rows),
                 f"{len(train)} images of the train split; {len(rows)} of the val split held out")
     order = rng.permutation(len(train)).tolist()
     count = min(held_out, max(1, len(train) // 20))
-    return ((train, sorted(order[count:])), (train, sorted(order[:count])),
+    return ((train, sorted(order[count:])), (train, order[:count]),
             f"{len(train) - count} images; no val split, so {count} more, drawn with the seed, "
             "are held out")
 
