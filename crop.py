@@ -430,6 +430,7 @@ def rasterize_maps(theta, size):
 
 # --------------------------------------------------------------------------- 4. transformations
 # torchvision's v2 transforms draw one set of numbers for a whole batch; these take one per image.
+# Constants are Python numbers: to copy a tensor to the device here would make the host wait for it.
 
 GRAY = (0.299, 0.587, 0.114)  # ITU-R 601, as torchvision
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
@@ -437,7 +438,8 @@ MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 def to_gray(x):
     """[..., 3, n, n] -> luminance [..., 1, n, n]."""
-    return (x * x.new_tensor(GRAY).view(3, 1, 1)).sum(-3, keepdim=True)
+    r, g, b = x.split(1, -3)
+    return GRAY[0] * r + GRAY[1] * g + GRAY[2] * b
 
 
 def shift_hue(x, shift):
@@ -446,7 +448,8 @@ def shift_hue(x, shift):
     chroma = high - low
     r, g, b = ((x - low) / chroma.clamp(min=1e-8)).split(1, -3)
     sector = torch.where(r == 1, g - b, torch.where(g == 1, 2 + b - r, 4 + r - g))  # RGB -> HSV
-    k = (x.new_tensor([5.0, 3.0, 1.0]).view(3, 1, 1) + sector + 6 * shift) % 6
+    first = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)  # of red, green, blue
+    k = (first + sector + 6 * shift) % 6
     return high - chroma * torch.minimum(k, 4 - k).clamp(0, 1)  # HSV -> RGB in closed form
 
 
@@ -492,7 +495,7 @@ def transform(x, u, jitter=0.8, gray=0.2, blur=0.5, solarize=0.2):
 
 def normalize(x):
     """[..., 3, n, n] in [0, 1] -> zero mean and unit variance by ImageNet's statistics."""
-    return (x - x.new_tensor(MEAN).view(3, 1, 1)) / x.new_tensor(STD).view(3, 1, 1)
+    return torch.stack([(c - m) / s for c, m, s in zip(x.unbind(-3), MEAN, STD)], -3)
 
 
 # -------------------------------------------------------------------------------- 5. make_pairs

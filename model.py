@@ -192,16 +192,10 @@ class ResNet50(nn.Module):
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
-    @property
-    def blocks(self):
-        """The bottlenecks in order, as a ViT's blocks."""
-        return [*self.layer1, *self.layer2, *self.layer3, *self.layer4]
-
     def forward(self, images):
         x = F.relu(self.bn1(self.conv1(images)))
         x = F.max_pool2d(x, 3, 2, 1)
-        for block in self.blocks:
-            x = block(x)
+        x = self.layer4(self.layer3(self.layer2(self.layer1(x))))
         return x.flatten(2).transpose(1, 2)
 
 

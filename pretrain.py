@@ -43,7 +43,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import crop
 from crop import InputError
-from model import CIM, ENCODERS, ResNet50
+from model import CIM, ENCODERS, ResNet50, ViT
 
 
 # ------------------------------------------------------------------------------------ 1. Config
@@ -211,6 +211,12 @@ class Machine:
     def autocast(self):
         """bf16 for matrix products and convolutions, fp32 for the weights and sums."""
         return torch.autocast(self.device.type, torch.bfloat16, self.dtype == torch.bfloat16)
+
+    def send(self, tensor):
+        """A CPU tensor to the device; from pinned memory, so that CUDA does not make us wait."""
+        if self.device.type == "cuda" and not tensor.is_pinned():
+            tensor = tensor.pin_memory()
+        return tensor.to(self.device, non_blocking=True)
 
     def sum(self, *tensors):
         """Sum each tensor over the processes, in place."""
@@ -572,34 +578,38 @@ class HeldOut:
         contexts = BadImages(len(dataset)).check(
             *crop.collate([dataset[0, i] for i in range(len(dataset))]))
         self.cfg, self.machine = cfg, machine
-        self.contexts = contexts.to(machine.device)
-        self.u = uniforms(cfg, (5,), len(contexts)).to(machine.device)
-        boxes = crop.sample_boxes(uniforms(cfg, (6,), 4096)[:, 0, :6], cfg.scale, cfg.ratio,
-                                  cfg.rotation, cfg.flip).to(machine.device)
-        theta = crop.affine_from_boxes(boxes)
+        self.contexts = machine.send(contexts)
+        self.u = machine.send(uniforms(cfg, (5,), len(contexts)))
+        u = machine.send(uniforms(cfg, (6,), 4096)[:, 0, :6].contiguous())
+        theta = crop.affine_from_boxes(
+            crop.sample_boxes(u, cfg.scale, cfg.ratio, cfg.rotation, cfg.flip))
         mean = sum(crop.rasterize_maps(t, cfg.context_size).sum(0) for t in theta.split(256)) / 4096
         self.mean_map = mean.clamp(1e-4, 1 - 1e-4)
 
-    @torch.no_grad()
+    @contextlib.contextmanager
+    def measuring(self, cim):
+        """Evaluation mode, no gradients, nothing compiled anew for other shapes."""
+        cim.eval()
+        with torch.no_grad(), torch.compiler.set_stance("force_eager"), self.machine.autocast():
+            yield
+        cim.train()
+
     def evaluate(self, cim):
         """-> dict of loss, baseline, skill, skill_swapped and rank; each process does its part."""
         n, width = len(self.contexts), cim.online.width
         losses = torch.zeros(3, device=self.machine.device)  # of exemplars true, swapped, ignored
         moments = torch.zeros(width + 1, width, device=self.machine.device)
-        cim.eval()
         groups = torch.arange(n).tensor_split(max(1, n // 8))  # the same for any number of processes
         for rows in groups[self.machine.rank::self.machine.world]:
             context, exemplars, maps, _ = make_pairs(self.contexts[rows], self.u[rows], self.cfg)
-            with self.machine.autocast():
+            with self.measuring(cim):
                 h_c, h_z = cim.encode(context, exemplars)
-                logits = [cim.decoder(h_c, h.contiguous(), maps.shape[-1])
-                          for h in (h_z, h_z.roll(1, 0))]
+                logits = [cim.decoder(h_c, h, maps.shape[-1]) for h in (h_z, h_z.roll(1, 0))]
             p = [*(x.sigmoid() for x in logits), self.mean_map.expand_as(maps)]
             losses += len(rows) * torch.stack([F.binary_cross_entropy(x, maps) for x in p])
             features = h_z[:, :, cim.online.prefix:].float().mean(2).flatten(0, 1)
             moments[0] += features.sum(0)
             moments[1:] += features.T @ features
-        cim.train()
         self.machine.sum(losses, moments)
         loss, swapped, baseline = (losses / n).tolist()
         moments /= n * self.cfg.exemplars
@@ -610,14 +620,11 @@ class HeldOut:
                     skill_swapped=1 - swapped / baseline if n > 1 else None,
                     rank=math.exp(-torch.special.xlogy(p, p).sum()))
 
-    @torch.no_grad()
     def picture(self, cim, path, rows=4):
         """Write the contact sheet of the first images, with predicted maps (Figures 5 and 6)."""
-        cim.eval()
         context, exemplars, maps, theta = make_pairs(self.contexts[:rows], self.u[:rows], self.cfg)
-        with self.machine.autocast():
+        with self.measuring(cim):
             _, logits = cim(context, exemplars, maps)
-        cim.train()
         sheet = crop.contact_sheet(*(x.cpu() for x in (context, exemplars, maps, theta, logits)))
         save_file(path, lambda f: sheet.save(f, "PNG"))
 
@@ -673,10 +680,13 @@ def build(cfg, machine):
 
 def accelerate(cim, machine):
     """Compile the blocks where asked and wrap the model in DDP where there are processes."""
-    if machine.compile:  # block by block in place, so that state-dict keys stay clean
-        whole = not any(isinstance(m, torch.nn.SyncBatchNorm) for m in cim.modules())
-        for block in [*cim.online.blocks, *cim.target.blocks, *cim.decoder.layers]:
-            block.compile(fullgraph=whole, dynamic=False)
+    if machine.compile:  # in place, so that state-dict keys stay clean; a ViT block by block
+        encoders = [cim.online, cim.target]
+        vit = isinstance(cim.online, ViT)  # a ResNet's SyncBatchNorm breaks the graph
+        for part in [b for e in encoders for b in e.blocks] if vit else encoders:
+            part.compile(fullgraph=vit, dynamic=False)
+        for layer in cim.decoder.layers:
+            layer.compile(fullgraph=True, dynamic=False)
     if machine.world == 1:
         return cim
     return torch.nn.parallel.DistributedDataParallel(
@@ -732,8 +742,7 @@ def main(argv=None):
             asked = time.perf_counter()
             contexts = bad.check(*next(loader))
             waited += time.perf_counter() - asked
-            context, exemplars, maps, _ = make_pairs(
-                contexts.to(machine.device, non_blocking=True), rows.to(machine.device), cfg)
+            context, exemplars, maps, _ = make_pairs(machine.send(contexts), machine.send(rows), cfg)
             more = machine.world > 1 and k < plan.accumulate - 1  # gradients meet at the last one
             with model.no_sync() if more else contextlib.nullcontext():
                 with machine.autocast():
