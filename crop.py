@@ -20,9 +20,11 @@ y down, both in [-1, 1] over the outer edges of the context (align_corners=False
 """
 
 import argparse
+import cProfile
 import json
 import math
 import os
+import pstats
 import sys
 import time
 
@@ -576,29 +578,26 @@ def contact_sheet(context, exemplars, maps, theta, logits=None, tile=96):
 
 def bench(folder, seconds=3.0, rounds=5):
     """Contexts a second that one core decodes and crops, and the calls that its time goes to."""
-    import cProfile
-    import pstats
     torch.set_num_threads(1)
     source = Folder(folder)
     contexts = Contexts(source, list(range(len(source))), size=160, seed=0)
 
-    def run():
+    def rate():
         began, n = time.perf_counter(), 0
         while time.perf_counter() - began < seconds:
             contexts[0, n % len(contexts)]
             n += 1
-        return n / (time.perf_counter() - began)
+        return round(n / (time.perf_counter() - began), 1)
 
-    run()  # the first round reads the files from the disk
-    rates = sorted(run() for _ in range(rounds))
+    rate()  # the first round reads the files from the disk
+    rates = sorted(rate() for _ in range(rounds))
     with cProfile.Profile() as profile:
-        run()
+        rate()
     stats = pstats.Stats(profile)
-    share = {key[2]: round(own / stats.total_tt, 3) for key, (_, _, own, _, _) in sorted(
-        stats.stats.items(), key=lambda item: -item[1][2])[:6]}
-    return {"bench": "contexts", "images_per_s": round(rates[rounds // 2], 1),
-            "slowest": round(rates[0], 1), "fastest": round(rates[-1], 1), "n": len(source),
-            "context_size": 160, "share_of_time": share}
+    slowest = sorted(stats.stats.items(), key=lambda item: -item[1][2])[:6]  # by their own time
+    return {"bench": "contexts", "images_per_s": rates[rounds // 2], "slowest": rates[0],
+            "fastest": rates[-1], "n": len(source), "context_size": 160,
+            "share_of_time": {at[2]: round(row[2] / stats.total_tt, 3) for at, row in slowest}}
 
 
 def main():
@@ -610,26 +609,26 @@ def main():
     parser.add_argument("--seed", type=int, default=0, help="another seed, other crops")
     parser.add_argument("--bench", metavar="FOLDER", help="contexts/s of one core, as JSON")
     args = parser.parse_args()
+    if args.bench:
+        return print(json.dumps(bench(args.bench)))
+    if not args.photo:
+        parser.error("name a photo, or --bench FOLDER")
     try:
-        if args.bench:
-            return print(json.dumps(bench(args.bench)))
-        if not args.photo:
-            raise InputError("name a photo, or --bench FOLDER (see --help)")
-        try:
-            with Image.open(args.photo) as image:
-                context = cut_context(image, np.random.default_rng(args.seed), size=480)
-        except Exception as error:  # Pillow raises many kinds on damaged files
-            raise InputError(f"cannot read {args.photo!r} as an image: {error}") from error
-        u = torch.rand(1, 7, UNIFORMS, generator=torch.Generator().manual_seed(args.seed))
-        pairs = make_pairs(context[None], u, exemplar_size=192)  # 3 x the paper's 160 and 64
-        try:
-            contact_sheet(*pairs, tile=192).save(args.out)
-        except (OSError, ValueError) as error:
-            raise InputError(f"cannot write {args.out!r}: {error}") from error
-        print(f"wrote {args.out}: the context, its six exemplars and their maps")
-    except InputError as error:
-        sys.exit(f"crop.py: {error}")
+        with Image.open(args.photo) as image:
+            context = cut_context(image, np.random.default_rng(args.seed), size=480)
+    except Exception as error:  # Pillow raises many kinds on damaged files
+        raise InputError(f"cannot read {args.photo!r} as an image: {error}") from error
+    u = torch.rand(1, 7, UNIFORMS, generator=torch.Generator().manual_seed(args.seed))
+    sheet = contact_sheet(*make_pairs(context[None], u, exemplar_size=192), tile=192)  # 3 x 160, 64
+    try:
+        sheet.save(args.out)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write {args.out!r}: {error}") from error
+    print(f"wrote {args.out}: the context, its six exemplars and their maps")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"crop.py: {error}")

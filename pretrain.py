@@ -485,42 +485,35 @@ def load_checkpoint(path):
     return saved
 
 
-def check_same_run(path, saved, cfg, images):
-    """Raise InputError naming the fields in which a checkpoint's config differs from cfg."""
-    def plain(values):
-        return json.loads(json.dumps(values))
-
-    mine, theirs = plain(dataclasses.asdict(cfg)), plain(saved["config"])
-    differ = [f"{k} ({theirs.get(k)} there, {mine.get(k)} here)"
-              for k in sorted(mine.keys() | theirs.keys())
-              if k not in FREE and mine.get(k) != theirs.get(k)]
-    if saved["images"] != images:
-        differ.append(f"the number of images ({saved['images']} there, {images} here)")
-    if differ:
-        raise InputError(f"{path!r} belongs to a run that differs in {', '.join(differ)}; give the "
-                         "same flags to go on with it, or another --out to start afresh")
-
-
 def save_checkpoint(path, step, cfg, plan, cim, optimizer):
     """All that going on after `step` needs: plain types and tensors only."""
-    state = dict(step=step, config=dataclasses.asdict(cfg), images=plan.images,
-                 model=cim.state_dict(), optimizer=optimizer.state_dict())
+    state = dict(step=step, config=plain(cfg), images=plan.images, model=cim.state_dict(),
+                 optimizer=optimizer.state_dict())
     save_file(path, lambda f: torch.save(state, f))
 
 
-def save_weights(path, module):
-    """A module's plain state dict, on the CPU."""
-    weights = {k: v.cpu() for k, v in module.state_dict().items()}
-    save_file(path, lambda f: torch.save(weights, f))
-
-
 def resume(path, cfg, plan, cim, optimizer):
-    """Load the checkpoint of this very run into the model and optimiser; -> steps done."""
+    """Load the checkpoint of this very run into the model and optimiser; -> steps done.
+
+    Raises InputError naming the fields in which its config differs from cfg, FREE ones excepted.
+    """
     saved = load_checkpoint(path)
-    check_same_run(path, saved, cfg, plan.images)
+    theirs = saved["config"] | {"number of images": saved["images"]}
+    mine = plain(cfg) | {"number of images": plan.images}
+    differ = [f"{k} ({theirs.get(k)} there, {mine.get(k)} here)"
+              for k in sorted(mine.keys() | theirs.keys())
+              if k not in FREE and mine.get(k) != theirs.get(k)]
+    if differ:
+        raise InputError(f"{path!r} belongs to a run that differs in {', '.join(differ)}; give the "
+                         "same flags to go on with it, or another --out to start afresh")
     cim.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"]
+
+
+def plain(cfg):
+    """A config as JSON's types, so that one read from a file equals one from the command line."""
+    return json.loads(json.dumps(dataclasses.asdict(cfg)))
 
 
 class Log:
@@ -532,7 +525,7 @@ class Log:
             os.makedirs(cfg.out, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot make the folder {cfg.out!r}: {error.strerror}") from error
-        config = json.dumps(dataclasses.asdict(cfg), indent=1)
+        config = json.dumps(plain(cfg), indent=1)
         save_file(os.path.join(cfg.out, "config.json"), lambda f: f.write(config.encode()))
         self.path, kept = os.path.join(cfg.out, "log.jsonl"), ""
         if cfg.bench:
@@ -785,7 +778,8 @@ def main(argv=None):
                 if looks:
                     held_out.picture(cim, os.path.join(cfg.out, "maps.png"))
                 if last:
-                    save_weights(os.path.join(cfg.out, "encoder.pt"), cim.online)
+                    weights = {k: v.cpu() for k, v in cim.online.state_dict().items()}
+                    save_file(os.path.join(cfg.out, "encoder.pt"), lambda f: torch.save(weights, f))
                 if saves:
                     save_checkpoint(checkpoint, done, cfg, plan, cim, optimizer)
                     saved, saved_step = time.perf_counter(), done
