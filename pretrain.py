@@ -598,8 +598,9 @@ class HeldOut:
             with self.measuring(cim):
                 h_c, h_z = cim.encode(context, exemplars)
                 logits = [cim.decoder(h_c, h, maps.shape[-1]) for h in (h_z, h_z.roll(1, 0))]
-            p = [*(x.sigmoid() for x in logits), self.mean_map.expand_as(maps)]
-            losses += len(rows) * torch.stack([F.binary_cross_entropy(x, maps) for x in p])
+            logits.append(self.mean_map.logit().expand_as(maps))
+            losses += len(rows) * torch.stack([F.binary_cross_entropy_with_logits(x, maps)
+                                               for x in logits])
             features = h_z[:, :, cim.online.prefix:].float().mean(2).flatten(0, 1)
             moments[0] += features.sum(0)
             moments[1:] += features.T @ features
@@ -622,11 +623,16 @@ class HeldOut:
         save_file(path, lambda f: sheet.save(f, "PNG"))
 
 
+def build_model(cfg):
+    """The CIM of a config, freshly initialised."""
+    return CIM(cfg.model, cfg.context_size, cfg.decoder_width, cfg.decoder_depth,
+               cfg.freeze_patch_embed)
+
+
 def gflop_per_image(cfg):
     """GFLOP of forward and backward for one image with its exemplars; a multiply-add is two."""
     with torch.device("meta"):
-        cim = CIM(cfg.model, cfg.context_size, cfg.decoder_width, cfg.decoder_depth,
-                  cfg.freeze_patch_embed)
+        cim = build_model(cfg)
         context = torch.empty(2, 3, cfg.context_size, cfg.context_size)
         exemplars = torch.empty(2, cfg.exemplars, 3, cfg.exemplar_size, cfg.exemplar_size)
         maps = torch.empty(2, cfg.exemplars, cfg.context_size, cfg.context_size)
@@ -663,8 +669,7 @@ def bench_report(cfg, machine, ticks, gflop):
 def build(cfg, machine):
     """The model and its optimiser, seeded, on the device."""
     torch.manual_seed(cfg.seed)
-    cim = CIM(cfg.model, cfg.context_size, cfg.decoder_width, cfg.decoder_depth,
-              cfg.freeze_patch_embed).to(machine.device)
+    cim = build_model(cfg).to(machine.device)
     if machine.device.type == "cuda" and machine.world > 1:  # has no CPU backend
         cim = torch.nn.SyncBatchNorm.convert_sync_batchnorm(cim)  # changes a ResNet only
     return cim, torch.optim.AdamW(parameter_groups(cim, cfg.weight_decay), lr=cfg.lr,
