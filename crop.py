@@ -128,7 +128,8 @@ class Shapes:
     SIZES = {"train": 4_800, "val": 800}
     RADII = {  # of the corners of a shape, at equal angles
         "circle": [1] * 40, "ring": [1] * 40, "triangle": [1] * 3, "square": [1] * 4,
-        "hexagon": [1] * 6, "star": [1, 0.4] * 5, "spark": [1, 0.3] * 4, "gear": [1, 1, 0.7, 0.7] * 7,
+        "hexagon": [1] * 6, "star": [1, 0.4] * 5, "spark": [1, 0.3] * 4,
+        "gear": [1, 1, 0.7, 0.7] * 7,
     }
     classes = list(RADII)
 
@@ -161,8 +162,9 @@ class Shapes:
             x, y = at * (frequency * math.cos(a)) + phase, at * (frequency * math.sin(a))
             waves = waves * np.cos(x + y[:, None])
         mix = Image.fromarray((waves + 128).clip(0, 255).astype(np.uint8))
-        low, high = map(tuple, rng.integers(0, 256, (2, 3)).tolist())
-        return Image.composite(Image.new("RGB", mix.size, low), Image.new("RGB", mix.size, high), mix)
+        one, other = (Image.new("RGB", mix.size, tuple(colour))
+                      for colour in rng.integers(0, 256, (2, 3)).tolist())
+        return Image.composite(one, other, mix)
 
     def _draw(self, scene, rng, shape, radius):
         """Paste one turned, stretched shape of `radius`, a fraction of the side, plain or not."""

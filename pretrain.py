@@ -592,7 +592,7 @@ class HeldOut:
         n, width = len(self.contexts), cim.online.width
         losses = torch.zeros(3, device=self.machine.device)  # of exemplars true, swapped, ignored
         moments = torch.zeros(width + 1, width, device=self.machine.device)
-        groups = torch.arange(n).tensor_split(max(1, n // 8))  # the same for any number of processes
+        groups = torch.arange(n).tensor_split(max(1, n // 8))  # alike for any number of processes
         for rows in groups[self.machine.rank::self.machine.world]:
             context, exemplars, maps, _ = make_pairs(self.contexts[rows], self.u[rows], self.cfg)
             with self.measuring(cim):
@@ -740,7 +740,8 @@ def main(argv=None):
             asked = time.perf_counter()
             contexts = bad.check(*next(loader))
             waited += time.perf_counter() - asked
-            context, exemplars, maps, _ = make_pairs(machine.send(contexts), machine.send(rows), cfg)
+            context, exemplars, maps, _ = make_pairs(
+                machine.send(contexts), machine.send(rows), cfg)
             more = machine.world > 1 and k < plan.accumulate - 1  # gradients meet at the last one
             with model.no_sync() if more else contextlib.nullcontext():
                 with machine.autocast():
@@ -766,9 +767,9 @@ def main(argv=None):
             if int(broken) <= done:
                 lr = learning_rate(int(broken) - 1, plan.total, plan.peak, plan.warmup)
                 raise InputError(
-                    f"loss or gradient not finite at step {int(broken)}, lr {lr:.3g}; the last good "
-                    f"checkpoint is {f'{checkpoint!r} of step {saved_step}' if saved_step else None}"
-                    ". Try a lower --lr, and another --out")
+                    f"loss or gradient not finite at step {int(broken)}, lr {lr:.3g}; the last "
+                    f"good checkpoint is {f'{checkpoint!r} of step {saved_step}' * (saved_step > 0)}"
+                    f"{'none' * (saved_step == 0)}. Try a lower --lr, and another --out")
             machine.sum(loss)
             seconds = time.perf_counter() - clock
             rate = (done - logged) * cfg.batch_size / seconds

@@ -984,7 +984,7 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path):
     """Divergence ends with step, loss and learning rate, and never overwrites a good checkpoint."""
-    with pytest.raises(InputError, match=r"not finite at step \d, lr 5e\+29.* is None"):
+    with pytest.raises(InputError, match=r"not finite at step \d, lr 5e\+29.* is none"):
         demo(tmp_path, "--lr=1e30", "--warmup_epochs=0", "--max_steps=20", "--log_every=7")
     assert not (tmp_path / "ckpt.pt").exists() and not (tmp_path / "encoder.pt").exists()
 
