@@ -118,8 +118,11 @@ class Config:
                 bound = "above 0" if f.name in positive else "0 or more"
                 raise InputError(f"--{f.name} {value} must be {bound}")
         for name in ("flip", "jitter", "gray", "blur", "solarize", "tau", "beta1", "beta2"):
-            if getattr(self, name) > 1:
-                raise InputError(f"--{name} {getattr(self, name)} must be at most 1")
+            if getattr(self, name) > 1 or getattr(self, name) == 1 and name.startswith("beta"):
+                bound = "below 1" if name.startswith("beta") else "at most 1"
+                raise InputError(f"--{name} {getattr(self, name)} must be {bound}")
+        if self.seed >= 2**63:
+            raise InputError(f"--seed {self.seed} must be below 2**63")
         if self.decoder_width % 32:
             raise InputError(f"--decoder_width {self.decoder_width} is no multiple of 32")
         stride = ENCODERS[self.model][2] if ENCODERS[self.model] else ResNet50.stride
@@ -162,7 +165,10 @@ def parse_config(Config, presets, argv=None, description=None):
         return text.lower() == "true"
 
     def number(text):
-        return float(Fraction(text))  # 1/3 is a number too
+        try:
+            return float(Fraction(text))  # 1/3 is a number too
+        except ArithmeticError:
+            raise ValueError from None
 
     names = [f.name for f in dataclasses.fields(Config)]
     notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
@@ -233,12 +239,20 @@ class Machine:
 
     @contextlib.contextmanager
     def first(self):
-        """Let process 0 do something (a download) before the others do it."""
+        """Let process 0 do something (a download) before the others, and fail for them all."""
+        failed = [None]
         if self.rank > 0:
-            dist.barrier()
-        yield
-        if self.rank == 0 and self.world > 1:
-            dist.barrier()
+            dist.broadcast_object_list(failed)
+            if failed[0]:
+                raise InputError(failed[0])
+        try:
+            yield
+        except InputError as error:
+            failed = [str(error)]
+            raise
+        finally:
+            if self.rank == 0 and self.world > 1:
+                dist.broadcast_object_list(failed)
 
 
 def setup_machine(device="auto", dtype="auto", compile="auto"):
@@ -277,7 +291,7 @@ def multiplies_bf16(device):
     return False
 
 
-PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100": 989, "GH200": 989, "A100": 312, "L40S": 362,
+PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 80GB HBM3": 989, "A100": 312, "L40S": 362,
                "4090": 165, "3090": 71}  # dense bf16, from the makers' data sheets
 
 
@@ -347,7 +361,7 @@ def make_plan(cfg, machine, images):
     per_epoch = images // cfg.batch_size
     if not per_epoch:
         raise InputError(f"{cfg.data!r} has {images} images to train on, fewer than one batch of "
-                         f"{cfg.batch_size}: --batch_size={images} or less would work")
+                         f"{cfg.batch_size}: give more images or a smaller --batch_size")
     total = cfg.epochs * per_epoch
     return Plan(images, micro, accumulate, per_epoch, total, min(total, cfg.max_steps or total),
                 round(cfg.warmup_epochs * per_epoch), cfg.lr * cfg.batch_size / cfg.lr_batch)
@@ -385,8 +399,9 @@ def make_pairs(contexts, u, cfg):
 
 
 def quiet_worker(_):
-    """Loader workers leave Ctrl-C to the process that trains."""
+    """Loader workers leave Ctrl-C and SIGTERM to the process that trains."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def make_loader(dataset, batches, workers, machine):
@@ -400,8 +415,13 @@ def make_loader(dataset, batches, workers, machine):
         worker_init_fn=quiet_worker, pin_memory=machine.device.type == "cuda")
 
 
+class LocalError(InputError):
+    """An error that process 0 may not know of."""
+
+
 class BadImages:
-    """Warns once of each unreadable image; raises InputError beyond three and beyond 1%."""
+    """Warns once of each unreadable image that this process meets; raises LocalError beyond three
+    and beyond 1%, or when no readable one is left."""
 
     def __init__(self, count):
         self.count, self.names = count, set()
@@ -414,8 +434,10 @@ class BadImages:
                 print(f"warning: cannot read {name!r} ({reason}); the next image replaces it",
                       file=sys.stderr, flush=True)
         if contexts is None or len(self.names) > crop.bad_images_allowed(self.count):
-            raise InputError(f"{len(self.names)} of {self.count} images cannot be read, more than "
-                             "three and more than 1%: mend or remove the files named above")
+            why = ("more than three and more than 1%" if len(self.names) < self.count else
+                   "so none is left")
+            raise LocalError(f"{len(self.names)} of {self.count} images cannot be read, {why}: mend "
+                             "or remove the files named above")
         return contexts
 
 
@@ -463,9 +485,10 @@ def save_file(path, write):
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             os.remove(temporary)
-        raise InputError(f"cannot write {path!r}: {error}; the file that was there, if any, is as "
-                         "it was. Make room or name another --out, then give the same command "
-                         "again: it goes on from the last checkpoint") from error
+        reason = error if isinstance(error, OSError) else error.__context__ or error
+        raise InputError(f"cannot write {path!r}: {reason}; the file that was there, if any, is as "
+                         "it was. Make room, then give the same command again: it goes on from the "
+                         "last checkpoint, if there is one") from error
 
 
 def load_checkpoint(path):
@@ -485,21 +508,27 @@ def load_checkpoint(path):
     return saved
 
 
-def save_checkpoint(path, step, cfg, plan, cim, optimizer):
+def save_checkpoint(path, step, cfg, machine, plan, cim, optimizer):
     """All that going on after `step` needs: plain types and tensors only."""
-    state = dict(step=step, config=plain(cfg), images=plan.images, model=cim.state_dict(),
-                 optimizer=optimizer.state_dict())
+    state = dict(step=step, config=plain(cfg) | {"dtype": str(machine.dtype)[6:]},
+                 images=plan.images, model=cim.state_dict(), optimizer=optimizer.state_dict())
     save_file(path, lambda f: torch.save(state, f))
 
 
-def resume(path, cfg, plan, cim, optimizer):
+def save_encoder(path, cim):
+    """What pre-training is for: the online encoder's plain state dict, on the CPU."""
+    weights = {k: v.cpu() for k, v in cim.online.state_dict().items()}
+    save_file(path, lambda f: torch.save(weights, f))
+
+
+def resume(path, cfg, machine, plan, cim, optimizer):
     """Load the checkpoint of this very run into the model and optimiser; -> steps done.
 
     Raises InputError naming the fields in which its config differs from cfg, FREE ones excepted.
     """
     saved = load_checkpoint(path)
     theirs = saved["config"] | {"number of images": saved["images"]}
-    mine = plain(cfg) | {"number of images": plan.images}
+    mine = plain(cfg) | {"dtype": str(machine.dtype)[6:], "number of images": plan.images}
     differ = [f"{k} ({theirs.get(k)} there, {mine.get(k)} here)"
               for k in sorted(mine.keys() | theirs.keys())
               if k not in FREE and mine.get(k) != theirs.get(k)]
@@ -525,15 +554,16 @@ class Log:
             os.makedirs(cfg.out, exist_ok=True)
         except OSError as error:
             raise InputError(f"cannot make the folder {cfg.out!r}: {error.strerror}") from error
+        if cfg.bench:
+            return
         config = json.dumps(plain(cfg), indent=1)
         save_file(os.path.join(cfg.out, "config.json"), lambda f: f.write(config.encode()))
         self.path, kept = os.path.join(cfg.out, "log.jsonl"), ""
-        if cfg.bench:
-            return
         if step and os.path.exists(self.path):
-            with open(self.path) as f:
-                whole = [row for row in f if row.endswith("}\n")]  # the last may be torn
-            kept = "".join(row for row in whole if json.loads(row)["step"] <= step)
+            with open(self.path, errors="replace") as f:
+                for row in f:
+                    with contextlib.suppress(ValueError):  # a row that a crash tore
+                        kept += row if json.loads(row)["step"] <= step else ""
         save_file(self.path, lambda f: f.write(kept.encode()))
 
     def add(self, row, seconds_left):
@@ -554,14 +584,23 @@ class Log:
 
 # --------------------------------------------------------------------------------- 7. measuring
 
+def effective_rank(x):
+    """exp of the entropy of the covariance's spectrum of x [N, D], in float64; 1 if x is constant
+    to float32's precision."""
+    spectrum = torch.linalg.svdvals(x - x.mean(0)) ** 2
+    spectrum[spectrum < 1e-12 * x.square().sum()] = 0  # rounding
+    p = spectrum / spectrum.sum().clamp(min=1e-300)
+    return math.exp(-torch.special.xlogy(p, p).sum())
+
+
 class HeldOut:
     """At most 256 fixed images with fixed crops, never trained on.
 
     baseline: cross-entropy of the per-pixel mean map of this crop distribution, the best predictor
     that ignores the exemplar. skill = 1 - loss / baseline: how much of the map the model reads
     from the exemplar. skill_swapped: the same with the exemplars of another image, a control that
-    must not be above 0. rank: the effective rank of the online features of the exemplars (the
-    exponential of the entropy of their covariance's spectrum): near 1 when features collapse.
+    must not be above 0. rank: the effective rank of the online features of the exemplars, near 1
+    when they collapse.
     """
 
     NOTHING = dict.fromkeys(("baseline", "skill", "skill_swapped", "heldout_loss", "rank"))
@@ -589,9 +628,9 @@ class HeldOut:
 
     def evaluate(self, cim):
         """-> dict of loss, baseline, skill, skill_swapped and rank; each process does its part."""
-        n, width = len(self.contexts), cim.online.width
+        n, shape = len(self.contexts), (self.cfg.exemplars, cim.online.width)
         losses = torch.zeros(3, device=self.machine.device)  # of exemplars true, swapped, ignored
-        moments = torch.zeros(width + 1, width, device=self.machine.device)
+        features = torch.zeros(n, *shape, device=self.machine.device)
         groups = torch.arange(n).tensor_split(max(1, n // 8))  # alike for any number of processes
         for rows in groups[self.machine.rank::self.machine.world]:
             context, exemplars, maps, _ = make_pairs(self.contexts[rows], self.u[rows], self.cfg)
@@ -601,18 +640,12 @@ class HeldOut:
             logits.append(self.mean_map.logit().expand_as(maps))
             losses += len(rows) * torch.stack([F.binary_cross_entropy_with_logits(x, maps)
                                                for x in logits])
-            features = h_z[:, :, cim.online.prefix:].float().mean(2).flatten(0, 1)
-            moments[0] += features.sum(0)
-            moments[1:] += features.T @ features
-        self.machine.sum(losses, moments)
+            features[rows] = h_z[:, :, cim.online.prefix:].float().mean(2)
+        self.machine.sum(losses, features)
         loss, swapped, baseline = (losses / n).tolist()
-        moments /= n * self.cfg.exemplars
-        covariance = moments[1:] - moments[0].outer(moments[0])
-        spectrum = torch.linalg.eigvalsh(covariance.cpu().double()).clamp(min=0)
-        p = spectrum / spectrum.sum().clamp(min=1e-30)
         return dict(heldout_loss=loss, baseline=baseline, skill=1 - loss / baseline,
-                    skill_swapped=1 - swapped / baseline if n > 1 else None,
-                    rank=math.exp(-torch.special.xlogy(p, p).sum()))
+                    skill_swapped=1 - swapped / baseline,
+                    rank=effective_rank(features.flatten(0, 1).cpu().double()))
 
     def picture(self, cim, path, rows=4):
         """Write the contact sheet of the first images, with predicted maps (Figures 5 and 6)."""
@@ -701,19 +734,22 @@ def main(argv=None):
             cfg.data, cfg.seed, crop.read_classes(cfg.classes))
     plan = make_plan(cfg, machine, len(indices))
     cim, optimizer = build(cfg, machine)
-    checkpoint, start, stop = os.path.join(cfg.out, "ckpt.pt"), 0, plan.stop
+    checkpoint, encoder = (os.path.join(cfg.out, name) for name in ("ckpt.pt", "encoder.pt"))
+    start, stop = 0, plan.stop
     if cfg.bench:
         stop = BENCH_WARMUP + cfg.bench
     elif os.path.exists(checkpoint):
-        start = resume(checkpoint, cfg, plan, cim, optimizer)
+        start = resume(checkpoint, cfg, machine, plan, cim, optimizer)
     if start >= stop:
         if machine.rank == 0:
-            print(f"{cfg.out}: finished, {start} of {stop} steps are done; the encoder is "
-                  f"{os.path.join(cfg.out, 'encoder.pt')}")
+            if not os.path.exists(encoder):
+                save_encoder(encoder, cim)
+            print(f"finished: {start} of {stop} steps are done; the encoder is {encoder}")
         return
+    with machine.first():
+        log = Log(cfg, start) if machine.rank == 0 else None
     if machine.rank == 0:
         print(plan.describe(cfg, machine, sentence, start), flush=True)
-        log = Log(cfg, start)
 
     bad = BadImages(plan.images)
     held_out = HeldOut(*held_out, cfg, machine)
@@ -761,15 +797,16 @@ def main(argv=None):
             continue
         last = done == stop
         looks = last or due(done, cfg.eval_every)
-        saves = last or due(done, cfg.save_every) or (
-            cfg.save_minutes and time.perf_counter() - saved > 60 * cfg.save_minutes)
-        if looks or saves or done == start + 1 or due(done, cfg.log_every):
-            if int(broken) <= done:
-                lr = learning_rate(int(broken) - 1, plan.total, plan.peak, plan.warmup)
-                raise InputError(
-                    f"loss or gradient not finite at step {int(broken)}, lr {lr:.3g}; the last "
-                    f"good checkpoint is {f'{checkpoint!r} of step {saved_step}' * (saved_step > 0)}"
-                    f"{'none' * (saved_step == 0)}. Try a lower --lr, and another --out")
+        logs = looks or done == start + 1 or due(done, cfg.log_every)
+        saves = machine.rank == 0 and (  # alone: a clock must not decide what all do together
+            last or due(done, cfg.save_every) or
+            0 < 60 * cfg.save_minutes < time.perf_counter() - saved)
+        if (logs or saves) and int(broken) <= done:
+            lr = learning_rate(int(broken) - 1, plan.total, plan.peak, plan.warmup)
+            good = f"{checkpoint!r} of step {saved_step}" if saved_step else "none"
+            raise InputError(f"loss or gradient not finite at step {int(broken)}, lr {lr:.3g}; the "
+                             f"last good checkpoint is {good}. Try a lower --lr and another --out")
+        if logs:
             machine.sum(loss)
             seconds = time.perf_counter() - clock
             rate = (done - logged) * cfg.batch_size / seconds
@@ -781,21 +818,19 @@ def main(argv=None):
                 row |= held_out.evaluate(cim)
             if machine.rank == 0:
                 log.add(row, seconds_left=(stop - done) * cfg.batch_size / rate)
-                if looks:
-                    held_out.picture(cim, os.path.join(cfg.out, "maps.png"))
-                if last:
-                    weights = {k: v.cpu() for k, v in cim.online.state_dict().items()}
-                    save_file(os.path.join(cfg.out, "encoder.pt"), lambda f: torch.save(weights, f))
-                if saves:
-                    save_checkpoint(checkpoint, done, cfg, plan, cim, optimizer)
-                    saved, saved_step = time.perf_counter(), done
             logged, clock, waited = done, time.perf_counter(), 0.0
+        if saves:
+            save_checkpoint(checkpoint, done, cfg, machine, plan, cim, optimizer)
+            saved, saved_step = time.perf_counter(), done
+        if looks and machine.rank == 0:
+            held_out.picture(cim, os.path.join(cfg.out, "maps.png"))
 
     if machine.rank == 0 and cfg.bench:
         report = json.dumps(bench_report(cfg, machine, ticks, gflop))
         save_file(os.path.join(cfg.out, "bench.json"), lambda f: f.write(report.encode()))
         print(report)
     elif machine.rank == 0:
+        save_encoder(encoder, cim)
         print(f"done: {cfg.out} holds encoder.pt, maps.png, log.jsonl and ckpt.pt; on held-out "
               f"images skill is {row['skill']:.3f}, with swapped exemplars "
               f"{row['skill_swapped']:.3f} (0: nothing is read from the exemplar)")
@@ -806,9 +841,12 @@ def run(main):
     try:
         main()
     except InputError as error:
-        sys.exit(f"{os.path.basename(sys.argv[0])}: {error}")
+        told = os.environ.get("RANK", "0") != "0" and not isinstance(error, LocalError)
+        sys.exit(1 if told else f"{os.path.basename(sys.argv[0])}: {error}")
+    except torch.OutOfMemoryError as error:
+        sys.exit(f"out of memory: halve --micro_batch, the result is the same ({error})")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from the last checkpoint")
+        sys.exit("stopped; the same command goes on from the last checkpoint, if there is one")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
