@@ -436,8 +436,8 @@ class BadImages:
         if contexts is None or len(self.names) > crop.bad_images_allowed(self.count):
             why = ("more than three and more than 1%" if len(self.names) < self.count else
                    "so none is left")
-            raise LocalError(f"{len(self.names)} of {self.count} images cannot be read, {why}: mend "
-                             "or remove the files named above")
+            raise LocalError(f"{len(self.names)} of {self.count} images cannot be read, {why}: "
+                             "mend or remove the files named above")
         return contexts
 
 

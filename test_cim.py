@@ -685,8 +685,8 @@ def test_three_steps_equal_the_recipe_written_out(tmp_path):
     first = {k: v.clone() for k, v in cim.state_dict().items()}
     decay = [p for p in cim.parameters() if p.requires_grad and p.ndim == 2]
     still = [p for p in cim.parameters() if p.requires_grad and p.ndim != 2]  # the cls token has 3
-    optimizer = torch.optim.AdamW([dict(params=decay, weight_decay=0.3),
-                                   dict(params=still, weight_decay=0)], betas=(0.8, 0.9), fused=True)
+    groups = [dict(params=decay, weight_decay=0.3), dict(params=still, weight_decay=0)]
+    optimizer = torch.optim.AdamW(groups, betas=(0.8, 0.9), fused=True)
     source = crop.Shapes("train")
     contexts = crop.Contexts(source, list(range(len(source))), 64, 0)
     order = np.random.default_rng((0, 2, 0)).permutation(len(source))
