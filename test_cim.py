@@ -742,7 +742,7 @@ def test_saving_by_the_clock_does_not_part_the_processes(tmp_path):
     """--save_minutes looks at the clock of process 0 alone; the others do not wait for it. An error
     that all share is told once, without a traceback from our code on the other processes."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "pretrain.py"]
-    result = command(*launch, *TINY, "--max_steps=12", "--log_every=100", "--save_minutes=0.0001",
+    result = command(*launch, *TINY, "--max_steps=25", "--log_every=100", "--save_minutes=0.005",
                      f"--out={tmp_path / 'run'}")
     assert result.returncode == 0, result.stderr
     (tmp_path / "file").write_text("in the way")
