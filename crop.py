@@ -153,7 +153,8 @@ class Shapes:
         scene = colours.resize((self.SIDE, self.SIDE), Image.BICUBIC)
         scene = Image.blend(scene, self._texture(rng, self.SIDE), 0.35)
         for _ in range(rng.integers(3, 7)):
-            self._draw(scene, rng, self.classes[rng.integers(8)], rng.uniform(0.08, 0.2))
+            shape = self.classes[rng.integers(len(self.classes))]
+            self._draw(scene, rng, shape, rng.uniform(0.08, 0.2))
         self._draw(scene, rng, self.classes[self.labels[i]], rng.uniform(0.26, 0.38))
         return scene
 
@@ -617,7 +618,7 @@ def main():
                                      "contact sheet: context, six exemplars, six maps.")
     parser.add_argument("photo", nargs="?", help="an image file")
     parser.add_argument("--out", default="crops.png", help="the picture to write (%(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other crops")
+    parser.add_argument("--seed", type=int, default=2, help="another seed, other crops")
     parser.add_argument("--bench", metavar="FOLDER", help="contexts/s of one core, as JSON")
     args = parser.parse_args()
     if args.bench:

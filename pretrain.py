@@ -98,12 +98,13 @@ class Config:
     eval_every: int = 500  # steps between looks at held-out images; 0 looks at the end only
     save_every: int = 1000  # steps between checkpoints; 0 goes by save_minutes only
     save_minutes: float = 15.0  # minutes between checkpoints; 0 goes by save_every only
-    bench: int = 0  # time so many steps, print one JSON line and save nothing
+    bench: int = 0  # time so many steps: one JSON line, kept as bench.json, and nothing else
 
     def __post_init__(self):
         """Raise InputError for values that cannot work, before any work starts."""
         choices = {"preset": PRESETS, "model": ENCODERS, "compile": ("auto", "true", "false"),
-                   "device": ("auto", "cpu", "cuda", "mps"), "dtype": ("auto", *DTYPES),
+                   "device": ("auto", "cpu", "cuda", "mps"),
+                   "dtype": ("auto", "float32", "bfloat16"),
                    "transforms": ("exemplar", "context", "both", "none")}
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -142,8 +143,6 @@ PRESETS = {
                  warmup_epochs=0.25, batch_size=16, lr=5e-3, lr_batch=16, workers=0, log_every=50,
                  eval_every=300, save_every=300),
 }
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 # Fields that may differ when a run goes on: they change where and how fast it runs, not what.
 FREE = ("out", "micro_batch", "device", "compile", "workers", "log_every", "eval_every",
@@ -211,12 +210,12 @@ class Machine:
     device: torch.device
     rank: int
     world: int
-    dtype: torch.dtype
+    dtype: str  # float32 or bfloat16
     compile: bool
 
     def autocast(self):
         """bf16 for matrix products and convolutions, fp32 for the weights and sums."""
-        return torch.autocast(self.device.type, torch.bfloat16, self.dtype == torch.bfloat16)
+        return torch.autocast(self.device.type, torch.bfloat16, self.dtype == "bfloat16")
 
     def send(self, tensor):
         """A CPU tensor to the device; from pinned memory, so that CUDA does not make us wait."""
@@ -277,7 +276,7 @@ def setup_machine(device="auto", dtype="auto", compile="auto"):
     if world > 1:
         dist.init_process_group("nccl" if device == "cuda" else "gloo",
                                 device_id=place if device == "cuda" else None)
-    return Machine(place, rank, world, DTYPES[dtype],
+    return Machine(place, rank, world, dtype,
                    device == "cuda" if compile == "auto" else compile == "true")
 
 
@@ -297,7 +296,7 @@ PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 80GB HBM3": 989, "A100": 312, "L
 
 def peak_tflops(machine):
     """The chip's bf16 peak in TFLOP/s, or None where it is not known."""
-    if machine.device.type != "cuda" or machine.dtype != torch.bfloat16:
+    if machine.device.type != "cuda" or machine.dtype != "bfloat16":
         return None
     name = torch.cuda.get_device_name()
     return next((peak for chip, peak in PEAK_TFLOPS.items() if chip in name), None)
@@ -332,7 +331,7 @@ class Plan:
     accumulate: int  # micro-batches a step, for each process
     per_epoch: int  # steps
     total: int  # steps that the schedules span
-    stop: int  # steps that are done
+    stop: int  # steps that this run does of them
     warmup: int  # steps
     peak: float  # learning rate at this batch size
 
@@ -343,7 +342,7 @@ class Plan:
 
     def describe(self, cfg, machine, sentence, start):
         """What is about to run, the arithmetic written out."""
-        return (f"{cfg.model} on {machine.device} x {machine.world}, {str(machine.dtype)[6:]}, "
+        return (f"{cfg.model} on {machine.device} x {machine.world}, {machine.dtype}, "
                 f"{'compiled' if machine.compile else 'not compiled'}\n"
                 f"data     {cfg.data}: {sentence}\n"
                 f"batch    {cfg.batch_size} = {machine.world} processes x {self.accumulate} "
@@ -367,22 +366,21 @@ def make_plan(cfg, machine, images):
                 round(cfg.warmup_epochs * per_epoch), cfg.lr * cfg.batch_size / cfg.lr_batch)
 
 
-def micro_batches(count, cfg, machine, steps, micro):
-    """The (epoch, index) pairs of each micro-batch of this process, step by step.
+def micro_batches(cfg, plan, rank, steps):
+    """The (epoch, index) pairs of each micro-batch of process `rank`, step by step.
 
-    An epoch is a permutation of the `count` images seeded by (seed, epoch); step s takes its s-th
-    slice of batch_size, each process its part of the slice.
+    An epoch is a permutation of the images seeded by (seed, epoch); step s takes its s-th slice of
+    batch_size, each process its part of the slice.
     """
-    per_epoch, share = count // cfg.batch_size, cfg.batch_size // machine.world
     shuffled = None
     for step in steps:
-        epoch, place = divmod(step, per_epoch)
+        epoch, place = divmod(step, plan.per_epoch)
         if epoch != shuffled:
-            order = np.random.default_rng((cfg.seed, 2, epoch)).permutation(count).tolist()
+            order = np.random.default_rng((cfg.seed, 2, epoch)).permutation(plan.images).tolist()
             shuffled = epoch
-        begin = place * cfg.batch_size + machine.rank * share
-        for i in range(begin, begin + share, micro):
-            yield [(epoch, j) for j in order[i:i + micro]]
+        begin = place * cfg.batch_size + rank * plan.share
+        for i in range(begin, begin + plan.share, plan.micro):
+            yield [(epoch, j) for j in order[i:i + plan.micro]]
 
 
 def uniforms(cfg, stream, count):
@@ -510,7 +508,7 @@ def load_checkpoint(path):
 
 def save_checkpoint(path, step, cfg, machine, plan, cim, optimizer):
     """All that going on after `step` needs: plain types and tensors only."""
-    state = dict(step=step, config=plain(cfg) | {"dtype": str(machine.dtype)[6:]},
+    state = dict(step=step, config=plain(cfg) | {"dtype": machine.dtype},
                  images=plan.images, model=cim.state_dict(), optimizer=optimizer.state_dict())
     save_file(path, lambda f: torch.save(state, f))
 
@@ -528,7 +526,7 @@ def resume(path, cfg, machine, plan, cim, optimizer):
     """
     saved = load_checkpoint(path)
     theirs = saved["config"] | {"number of images": saved["images"]}
-    mine = plain(cfg) | {"dtype": str(machine.dtype)[6:], "number of images": plan.images}
+    mine = plain(cfg) | {"dtype": machine.dtype, "number of images": plan.images}
     differ = [f"{k} ({theirs.get(k)} there, {mine.get(k)} here)"
               for k in sorted(mine.keys() | theirs.keys())
               if k not in FREE and mine.get(k) != theirs.get(k)]
@@ -695,7 +693,7 @@ def bench_report(cfg, machine, ticks, gflop):
             "mfu": round(tflops / peak, 4) if peak else None, "peak_memory_gb": memory,
             "model": cfg.model, "batch_size": cfg.batch_size, "processes": machine.world,
             "device": torch.cuda.get_device_name() if on_cuda else machine.device.type,
-            "dtype": str(machine.dtype)[6:], "compile": machine.compile,
+            "dtype": machine.dtype, "compile": machine.compile,
             "torch": torch.__version__}
 
 
@@ -730,7 +728,7 @@ def main(argv=None):
     cfg = parse_config(Config, PRESETS, argv, __doc__.split("\n")[0])
     machine = setup_machine(cfg.device, cfg.dtype, cfg.compile)
     with machine.first():
-        (source, indices), held_out, sentence = crop.pretraining_split(
+        (source, indices), validation, sentence = crop.pretraining_split(
             cfg.data, cfg.seed, crop.read_classes(cfg.classes))
     plan = make_plan(cfg, machine, len(indices))
     cim, optimizer = build(cfg, machine)
@@ -752,10 +750,10 @@ def main(argv=None):
         print(plan.describe(cfg, machine, sentence, start), flush=True)
 
     bad = BadImages(plan.images)
-    held_out = HeldOut(*held_out, cfg, machine)
+    held_out = HeldOut(*validation, cfg, machine)
     loader = iter(make_loader(crop.Contexts(source, indices, cfg.context_size, cfg.seed),
-                              micro_batches(plan.images, cfg, machine, range(start, stop),
-                                            plan.micro), cfg.workers, machine))
+                              micro_batches(cfg, plan, machine.rank, range(start, stop)),
+                              cfg.workers, machine))
     peak_flops = peak_tflops(machine)
     gflop = gflop_per_image(cfg) if peak_flops or cfg.bench else 0
     model = accelerate(cim, machine)
@@ -818,12 +816,13 @@ def main(argv=None):
                 row |= held_out.evaluate(cim)
             if machine.rank == 0:
                 log.add(row, seconds_left=(stop - done) * cfg.batch_size / rate)
-            logged, clock, waited = done, time.perf_counter(), 0.0
         if saves:
             save_checkpoint(checkpoint, done, cfg, machine, plan, cim, optimizer)
             saved, saved_step = time.perf_counter(), done
         if looks and machine.rank == 0:
             held_out.picture(cim, os.path.join(cfg.out, "maps.png"))
+        if logs:
+            logged, clock, waited = done, time.perf_counter(), 0.0
 
     if machine.rank == 0 and cfg.bench:
         report = json.dumps(bench_report(cfg, machine, ticks, gflop))

@@ -361,10 +361,11 @@ def test_draft_decoding_keeps_the_picture(tmp_path):
 
 def loaded(world=1, rank=0, workers=0, micro=8, seed=0, steps=range(3, 7), source=None):
     cfg = pretrain.parse_config(pretrain.Config, pretrain.PRESETS, [*TINY, f"--seed={seed}"])
-    machine = pretrain.Machine(torch.device("cpu"), rank, world, torch.float32, False)
+    machine = pretrain.Machine(torch.device("cpu"), rank, world, "float32", False)
     source = source or crop.Shapes("val")
     dataset = crop.Contexts(source, list(range(20)), 32, seed)
-    batches = pretrain.micro_batches(20, cfg, machine, steps, micro)
+    plan = pretrain.make_plan(dataclasses.replace(cfg, micro_batch=micro), machine, 20)
+    batches = pretrain.micro_batches(cfg, plan, rank, steps)
     return [c for c, _ in pretrain.make_loader(dataset, batches, workers, machine)]
 
 
@@ -384,8 +385,9 @@ def test_the_images_of_a_step_do_not_depend_on_the_machine():
 def test_an_epoch_shows_each_image_once_and_each_epoch_other_crops():
     """Step s of an epoch is the s-th slice of one permutation; the incomplete batch is dropped."""
     cfg = pretrain.parse_config(pretrain.Config, pretrain.PRESETS, TINY)
-    machine = pretrain.Machine(torch.device("cpu"), 0, 1, torch.float32, False)
-    keys = [k for b in pretrain.micro_batches(20, cfg, machine, range(6), 4) for k in b]
+    machine = pretrain.Machine(torch.device("cpu"), 0, 1, "float32", False)
+    plan = pretrain.make_plan(cfg, machine, 20)
+    keys = [k for b in pretrain.micro_batches(cfg, plan, 0, range(6)) for k in b]
     assert [e for e, _ in keys] == [0] * 16 + [1] * 16 + [2] * 16
     for e in range(3):
         seen = [i for epoch, i in keys if epoch == e]
@@ -539,7 +541,10 @@ def test_gradients_reach_the_online_encoder_and_the_decoder_only(encoder):
     cim(context, exemplars, maps)[0].backward()
     for name, p in cim.named_parameters():
         fixed = name.startswith("target.") or "pos_embed" in name or name == "decoder.positions"
-        assert (p.grad is None) if fixed else (p.grad is not None and p.grad.abs().sum() > 0), name
+        if name.endswith("f_k.bias"):  # shifts all scores of a query alike: softmax does not see it
+            assert p.grad.abs().max() < 1e-8
+        else:
+            assert (p.grad is None) if fixed else p.grad.abs().max() > 1e-8, name
     frozen = model.CIM(encoder, 64, 32, freeze_patch_embed=True).online
     still = {n for n, p in frozen.named_parameters() if not p.requires_grad}
     assert still == ({"pos_embed", "patch_embed.proj.weight", "patch_embed.proj.bias"}
@@ -838,7 +843,7 @@ def test_eight_images_can_be_overfitted():
 
 def held_out(**kw):
     cfg = dataclasses.replace(pretrain.parse_config(pretrain.Config, pretrain.PRESETS, TINY), **kw)
-    machine = pretrain.Machine(torch.device("cpu"), 0, 1, torch.float32, False)
+    machine = pretrain.Machine(torch.device("cpu"), 0, 1, "float32", False)
     return pretrain.HeldOut(crop.Shapes("val"), list(range(30)), cfg, machine), cfg
 
 
@@ -964,7 +969,7 @@ def test_flags_beat_presets_and_both_spellings_work():
 
 def test_batches_that_do_not_divide_name_one_that_would():
     """batch_size over processes, micro_batch over a process's share."""
-    machine = pretrain.Machine(torch.device("cpu"), 0, 3, torch.float32, False)
+    machine = pretrain.Machine(torch.device("cpu"), 0, 3, "float32", False)
     with pytest.raises(InputError, match="not divisible by 3 processes; 33 would be"):
         pretrain.split_batch(32, 0, machine)
     assert pretrain.split_batch(96, 0, machine) == (32, 1)
