@@ -27,6 +27,7 @@ import os
 import pstats
 import sys
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -235,8 +236,8 @@ def open_images(data, split, classes=None):
     return source
 
 
-def pretraining_split(data, seed, classes=None, held_out=256):
-    """Images to train on and at most `held_out` fixed ones to measure on: no labels needed.
+def train_and_val(data, seed, classes=None, held_out=256):
+    """Images to train on and at most `held_out` fixed ones (None: no limit) to measure on.
 
     Returns ((source, indices), (source, indices), a sentence that says what was chosen).
     """
@@ -248,11 +249,11 @@ def pretraining_split(data, seed, classes=None, held_out=256):
     rng = np.random.default_rng((seed, 1))  # 1: the split
     if split_up and (data in BUILT_IN or os.path.isdir(place("val"))):
         val = open_images(place("val"), "val", classes)
-        rows = rng.permutation(len(val))[:held_out].tolist()
+        rows = rng.permutation(len(val))[:held_out].tolist() if held_out else list(range(len(val)))
         return ((train, list(range(len(train)))), (val, rows),
                 f"{len(train)} images of the train split; {len(rows)} of the val split held out")
     order = rng.permutation(len(train)).tolist()
-    count = min(held_out, max(2, len(train) // 20), len(train) - 1)
+    count = min(held_out or len(train), max(2, len(train) // 20), len(train) - 1)
     return ((train, sorted(order[count:])), (train, order[:count]),
             f"{len(train) - count} images; no val split, so {count} more, drawn with the seed, "
             "are held out")
@@ -282,36 +283,60 @@ def to_rgb(image):
     return image.convert("RGB")
 
 
-def cut_context(image, rng, size, scale=(0.5, 1.0), flip=0.5):
-    """PIL image -> random crop, mirrored with probability `flip`, bicubic to uint8 [3, size, size].
+def cut_box(image, place, size):
+    """PIL image -> the part of it that place(width, height) -> (left, top, width, height) names in
+    the photo held upright, bicubic to a PIL image of size x size.
 
     A JPEG is asked to decode at the smallest of 1, 1/2, 1/4, 1/8 that still has `size` pixels in
-    the crop (Pillow's draft): the DCT does most of the shrinking for free.
+    the part (Pillow's draft): the DCT does most of the shrinking for free.
     """
     turn = image.getexif().get(0x0112, 1)  # orientation; from 5 on the photo lies on its side
     width, height = image.size[::-1] if turn >= 5 else image.size
-    left, top, w, h = draw_crop(rng, width, height, scale)
+    left, top, w, h = place(width, height)
     shrink = size / min(w, h)
     image.draft("RGB", (math.ceil(image.width * shrink), math.ceil(image.height * shrink)))
     image = to_rgb(ImageOps.exif_transpose(image) if turn > 1 else image)
     fx, fy = image.width / width, image.height / height
     right, bottom = min((left + w) * fx, image.width), min((top + h) * fy, image.height)
-    image = image.resize((size, size), Image.BICUBIC, box=(left * fx, top * fy, right, bottom))
-    if rng.random() < flip:
-        image = image.transpose(Image.FLIP_LEFT_RIGHT)
+    return image.resize((size, size), Image.BICUBIC, box=(left * fx, top * fy, right, bottom))
+
+
+def to_tensor(image):
+    """RGB PIL image -> uint8 [3, height, width]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 
-class Contexts(torch.utils.data.Dataset):
-    """(epoch, i) -> (context, failures): uint8 [3, size, size] and a list of (name, reason).
+def cut_context(image, rng, size, scale=(0.5, 1.0), flip=0.5, augment=None):
+    """PIL image -> random crop, mirrored with probability `flip`, as uint8 [3, size, size];
+    augment(PIL image, rng) -> PIL image comes last."""
+    image = cut_box(image, lambda width, height: draw_crop(rng, width, height, scale), size)
+    if rng.random() < flip:
+        image = image.transpose(Image.FLIP_LEFT_RIGHT)
+    return to_tensor(augment(image, rng) if augment else image)
 
-    The crop is drawn from (seed, epoch, i) alone. An image that cannot be read is replaced by the
-    next one that can; after `patience` failures in a row the context is None.
+
+def cut_centre(image, rng, size, ratio=0.95):
+    """PIL image -> the square in its middle, `ratio` of the shorter side, as uint8 [3, size, size];
+    rng is not used. Resizing that side to size / ratio and cropping, in one pass."""
+    def middle(width, height):
+        side = ratio * min(width, height)
+        return (width - side) / 2, (height - side) / 2, side, side
+
+    return to_tensor(cut_box(image, middle, size))
+
+
+class Samples(torch.utils.data.Dataset):
+    """(epoch, i) -> ((cut(image, rng), j), failures): the image's number j in the source, and a
+    list of (name, reason).
+
+    rng is drawn from (seed, epoch, i) alone. An image that cannot be read is replaced by the next
+    one that can; the first entry is None after as many failures in a row as make a run stop, and
+    at once where replace is False.
     """
 
-    def __init__(self, source, indices, size, seed):
-        self.source, self.indices, self.size, self.seed = source, indices, size, seed
-        self.patience = bad_images_allowed(len(indices)) + 1
+    def __init__(self, source, indices, seed, cut, replace=True):
+        self.source, self.indices, self.seed, self.cut = source, indices, seed, cut
+        self.patience = bad_images_allowed(len(indices)) + 1 if replace else 1
 
     def __len__(self):
         return len(self.indices)
@@ -323,8 +348,8 @@ class Contexts(torch.utils.data.Dataset):
             j = self.indices[(i + k) % len(self)]
             try:
                 with self.source.open(j) as image:
-                    rng = np.random.default_rng((self.seed, 3, epoch, i))  # 3: contexts
-                    return cut_context(image, rng, self.size), failures
+                    rng = np.random.default_rng((self.seed, 3, epoch, i))  # 3: crops
+                    return (self.cut(image, rng), j), failures
             except Exception as error:  # Pillow raises many kinds on damaged files
                 failures.append((self.source.name(j), str(error) or type(error).__name__))
         return None, failures
@@ -336,10 +361,10 @@ def bad_images_allowed(count):
 
 
 def collate(samples):
-    """Samples of Contexts -> (uint8 [B, 3, m, m], or None where nothing was left; failures)."""
+    """Samples -> ((uint8 [B, 3, m, m], numbers j [B]), or None without a readable one; failures)."""
     failures = [f for _, fs in samples for f in fs]
-    contexts = [c for c, _ in samples]
-    return (None if any(c is None for c in contexts) else torch.stack(contexts)), failures
+    items = [item for item, _ in samples if item is not None]
+    return (torch.utils.data.default_collate(items) if items else None), failures
 
 
 # ------------------------------------------------------------------------------ 3. the geometry
@@ -591,12 +616,12 @@ def bench(folder, seconds=3.0, rounds=5):
     """Contexts a second that one core decodes and crops, and the calls that its time goes to."""
     torch.set_num_threads(1)
     source = Folder(folder)
-    contexts = Contexts(source, list(range(len(source))), size=160, seed=0)
+    samples = Samples(source, list(range(len(source))), 0, partial(cut_context, size=160))
 
     def rate():
         began, n = time.perf_counter(), 0
         while time.perf_counter() - began < seconds:
-            if contexts[0, n % len(contexts)][0] is None:
+            if samples[0, n % len(samples)][0] is None:
                 raise InputError(f"the images of {folder!r} cannot be read")
             n += 1
         return round(n / (time.perf_counter() - began), 1)

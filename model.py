@@ -8,6 +8,7 @@ Read it from the bottom up or from the top down:
     4. build_encoder  names -> encoders
     5. the decoder    cross-attention between context and exemplars            (Eqs. 4-6)
     6. CIM            online encoder, target encoder, decoder, loss, moving average (Eqs. 2, 3, 7)
+    7. Classifier     an encoder with a head                                  (4.3, Tables 10, 11)
 
 Letters: B contexts, K exemplars of each, N tokens, D the width of an encoder, W of the decoder,
 m and n the sides of context and exemplar in pixels.
@@ -18,6 +19,7 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torchvision.ops import StochasticDepth
 
 
 # --------------------------------------------------------------------------------- 1. positions
@@ -74,16 +76,17 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """A pre-norm transformer layer."""
+    """A pre-norm transformer layer; drop_path: probability that an image skips a branch of it."""
 
-    def __init__(self, width):
+    def __init__(self, width, drop_path=0.0):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(width, eps=1e-6), Attention(width)
         self.norm2, self.mlp = nn.LayerNorm(width, eps=1e-6), MLP(width)
+        self.drop_path = StochasticDepth(drop_path, "row")
 
     def forward(self, x):
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):
@@ -102,11 +105,12 @@ class ViT(nn.Module):
 
     h and w are multiples of `patch`, else ValueError. The position table is stored for 224 pixels
     and resized to the grid at hand. State-dict keys are those of timm's vit_*_patch16_224.
+    drop_path: of the last block, growing linearly from 0 in the first (stochastic depth).
     """
 
     prefix = 1  # tokens in front of the grid: cls
 
-    def __init__(self, width, depth, patch=16):
+    def __init__(self, width, depth, patch=16, drop_path=0.0):
         super().__init__()
         self.width, self.stride = width, patch
         self.cls_token = nn.Parameter(torch.zeros(1, 1, width))
@@ -114,7 +118,8 @@ class ViT(nn.Module):
         positions = torch.cat([torch.zeros(1, width), positions])[None]
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.patch_embed = PatchEmbed(patch, width)
-        self.blocks = nn.ModuleList([Block(width) for _ in range(depth)])
+        self.blocks = nn.ModuleList([Block(width, drop_path * i / max(1, depth - 1))
+                                     for i in range(depth)])
         self.norm = nn.LayerNorm(width, eps=1e-6)
         nn.init.normal_(self.cls_token, std=0.02)
         self.apply(init_linear)
@@ -211,11 +216,14 @@ ENCODERS = {  # name: (width, depth, patch) of a ViT
 }
 
 
-def build_encoder(name):
-    """The encoder of that name, freshly initialised. Raises ValueError for an unknown name."""
+def build_encoder(name, drop_path=0.0):
+    """The encoder of that name, freshly initialised. Raises ValueError for an unknown name, and
+    for a ResNet with stochastic depth."""
     if name not in ENCODERS:
         raise ValueError(f"no encoder {name!r}: choose one of {', '.join(ENCODERS)}")
-    return ResNet50() if name == "resnet50" else ViT(*ENCODERS[name])
+    if name == "resnet50" and drop_path > 0:
+        raise ValueError("resnet50 has no stochastic depth: drop_path is 0")
+    return ResNet50() if name == "resnet50" else ViT(*ENCODERS[name], drop_path)
 
 
 # ------------------------------------------------------------------------------- 5. the decoder
@@ -319,3 +327,39 @@ class CIM(nn.Module):
         for t, o in pairs:
             if not t.is_floating_point():
                 t.copy_(o)
+
+
+# --------------------------------------------------------------------------------- 7. Classifier
+
+class Classifier(nn.Module):
+    """Images [B, 3, h, w] -> logits [B, classes]: encoder, global average pooling, norm, linear.
+
+    A ViT is normalised after the pooling of its patch tokens instead of before (Table 10, as MAE);
+    a ResNet-50 has its own BatchNorms. probe: the linear probe's features, which are the encoder's
+    own, pooled, then a BatchNorm without parameters.
+    """
+
+    def __init__(self, encoder, classes, drop_path=0.0, probe=False):
+        super().__init__()
+        self.encoder, self.fc_norm = build_encoder(encoder, drop_path), nn.Identity()
+        width = self.encoder.width
+        if probe:
+            self.fc_norm = nn.BatchNorm1d(width, eps=1e-6, affine=False)
+        elif isinstance(self.encoder, ViT):
+            self.encoder.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(width, eps=1e-6)
+        self.head = nn.Linear(width, classes)
+        nn.init.trunc_normal_(self.head.weight, std=2e-5)
+        nn.init.zeros_(self.head.bias)
+
+    def features(self, images):
+        """What the head sees: [B, width]."""
+        return self.fc_norm(self.encoder(images)[:, self.encoder.prefix:].mean(1))
+
+    def forward(self, images):
+        return self.head(self.features(images))
+
+    def names(self):
+        """{name in this module: timm's or torchvision's}. For a ViT, timm's with
+        global_pool='avg'."""
+        head = "head." if isinstance(self.encoder, ViT) else "fc."
+        return {k: k.removeprefix("encoder.").replace("head.", head) for k in self.state_dict()}

@@ -23,6 +23,7 @@ interruptions change nothing but the rounding of floats, and a checkpoint needs 
 import contextlib
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import math
@@ -43,7 +44,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import crop
 from crop import InputError
-from model import CIM, ENCODERS, ResNet50, ViT
+from model import CIM, ENCODERS, Block, CorrelationLayer, ResNet50
 
 
 # ------------------------------------------------------------------------------------ 1. Config
@@ -102,28 +103,8 @@ class Config:
 
     def __post_init__(self):
         """Raise InputError for values that cannot work, before any work starts."""
-        choices = {"preset": PRESETS, "model": ENCODERS, "compile": ("auto", "true", "false"),
-                   "device": ("auto", "cpu", "cuda", "mps"),
-                   "dtype": ("auto", "float32", "bfloat16"),
-                   "transforms": ("exemplar", "context", "both", "none")}
-        for name, allowed in choices.items():
-            if getattr(self, name) not in allowed:
-                raise InputError(f"--{name} {getattr(self, name)!r}: choose one of "
-                                 f"{', '.join(allowed)}")
-        positive = ("context_size", "exemplar_size", "exemplars", "decoder_width", "decoder_depth",
-                    "epochs", "batch_size", "lr", "lr_batch", "log_every")
-        for f in dataclasses.fields(self):
-            value = getattr(self, f.name)
-            if isinstance(value, (int, float)) and f.name != "workers" and (
-                    not math.isfinite(value) or value < 0 or (value == 0 and f.name in positive)):
-                bound = "above 0" if f.name in positive else "0 or more"
-                raise InputError(f"--{f.name} {value} must be {bound}")
-        for name in ("flip", "jitter", "gray", "blur", "solarize", "tau", "beta1", "beta2"):
-            if getattr(self, name) > 1 or getattr(self, name) == 1 and name.startswith("beta"):
-                bound = "below 1" if name.startswith("beta") else "at most 1"
-                raise InputError(f"--{name} {getattr(self, name)} must be {bound}")
-        if self.seed >= 2**63:
-            raise InputError(f"--seed {self.seed} must be below 2**63")
+        check_values(self, preset=PRESETS, model=ENCODERS,
+                     transforms=("exemplar", "context", "both", "none"))
         if self.decoder_width % 32:
             raise InputError(f"--decoder_width {self.decoder_width} is no multiple of 32")
         stride = ENCODERS[self.model][2] if ENCODERS[self.model] else ResNet50.stride
@@ -144,12 +125,42 @@ PRESETS = {
                  eval_every=300, save_every=300),
 }
 
+BENCH_WARMUP = 3  # steps before --bench starts its clock
+
 # Fields that may differ when a run goes on: they change where and how fast it runs, not what.
 FREE = ("out", "micro_batch", "device", "compile", "workers", "log_every", "eval_every",
-        "save_every", "save_minutes", "max_steps", "bench", "preset")
+        "eval_epochs", "save_every", "save_minutes", "max_steps", "bench", "preset", "recipe")
 
 
 # ------------------------------------------------------------------------------ 2. command line
+
+POSITIVE = ("context_size", "exemplar_size", "exemplars", "decoder_width", "decoder_depth",
+            "epochs", "batch_size", "lr", "lr_batch", "log_every", "image_size", "test_size",
+            "test_crop", "repeats", "eval_epochs", "layer_decay", "k", "temperature")
+FRACTIONS = ("flip", "jitter", "gray", "blur", "solarize", "tau", "erasing", "smoothing",
+             "drop_path", "test_crop", "randaugment_p", "bce_threshold")
+
+
+def check_values(cfg, **choices):
+    """Raise InputError for a number out of range or a word that is none of its `choices`."""
+    choices |= dict(compile=("auto", "true", "false"), device=("auto", "cpu", "cuda", "mps"),
+                    dtype=("auto", "float32", "bfloat16"))
+    for f in dataclasses.fields(cfg):
+        value, name = getattr(cfg, f.name), f"--{f.name}"
+        if f.name in choices and value not in choices[f.name]:
+            raise InputError(f"{name} {value!r}: choose one of {', '.join(choices[f.name])}")
+        if not isinstance(value, (int, float)) or f.name == "workers":
+            continue
+        if not math.isfinite(value) or value < 0 or (value == 0 and f.name in POSITIVE):
+            raise InputError(f"{name} {value} must be {'above 0' if f.name in POSITIVE else '0 or more'}")
+        if f.name in FRACTIONS and value > 1:
+            raise InputError(f"{name} {value} must be at most 1")
+        if f.name in ("beta1", "beta2", "drop_path", "smoothing") and value == 1 or (
+                f.name.startswith("beta") and value > 1):
+            raise InputError(f"{name} {value} must be below 1")
+        if f.name == "seed" and value >= 2**63:
+            raise InputError(f"{name} {value} must be below 2**63")
+
 
 def parse_config(Config, presets, argv=None, description=None):
     """The command line as a Config: flags beat the preset's values, which beat the defaults.
@@ -197,8 +208,8 @@ def parse_config(Config, presets, argv=None, description=None):
             if len(value) != 2:
                 parser.error(f"--{name} takes two numbers, low and high")
             values[name] = value
-    preset = values.get("preset", Config.preset)
-    return Config(**{**presets.get(preset, {}), **values})
+    chosen = dataclasses.fields(Config)[0]  # preset or recipe
+    return Config(**{**presets.get(values.get(chosen.name, chosen.default), {}), **values})
 
 
 # ------------------------------------------------------------------------------- 3. the machine
@@ -223,11 +234,21 @@ class Machine:
             tensor = tensor.pin_memory()
         return tensor.to(self.device, non_blocking=True)
 
+    def accumulating(self, model, last):
+        """Gradients of the processes meet at the last micro-batch of a step only."""
+        return model.no_sync() if self.world > 1 and not last else contextlib.nullcontext()
+
     def sum(self, *tensors):
         """Sum each tensor over the processes, in place."""
         if self.world > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor)
+
+    def share_buffers(self, model):
+        """Give every process the BatchNorm statistics of process 0, as DDP does before a step."""
+        if self.world > 1:
+            for buffer in model.buffers():
+                dist.broadcast(buffer, 0)
 
     def synchronize(self):
         """Wait until the device has done what it was told, for honest timing."""
@@ -340,13 +361,13 @@ class Plan:
         """Contexts of a step that one process handles."""
         return self.micro * self.accumulate
 
-    def describe(self, cfg, machine, sentence, start):
-        """What is about to run, the arithmetic written out."""
+    def describe(self, cfg, machine, sentence, start, unit):
+        """What is about to run, the arithmetic written out; unit: what a batch is made of."""
         return (f"{cfg.model} on {machine.device} x {machine.world}, {machine.dtype}, "
                 f"{'compiled' if machine.compile else 'not compiled'}\n"
                 f"data     {cfg.data}: {sentence}\n"
                 f"batch    {cfg.batch_size} = {machine.world} processes x {self.accumulate} "
-                f"micro-batches x {self.micro} contexts, each with {cfg.exemplars} exemplars\n"
+                f"micro-batches x {self.micro} {unit}\n"
                 f"lr       {cfg.lr:g} x {cfg.batch_size} / {cfg.lr_batch} = {self.peak:.3g}, after "
                 f"{self.warmup} steps of warm-up\n"
                 f"steps    {self.per_epoch} an epoch x {cfg.epochs} epochs = {self.total}"
@@ -362,15 +383,17 @@ def make_plan(cfg, machine, images):
         raise InputError(f"{cfg.data!r} has {images} images to train on, fewer than one batch of "
                          f"{cfg.batch_size}: give more images or a smaller --batch_size")
     total = cfg.epochs * per_epoch
-    return Plan(images, micro, accumulate, per_epoch, total, min(total, cfg.max_steps or total),
+    stop = BENCH_WARMUP + cfg.bench if cfg.bench else min(total, cfg.max_steps or total)
+    return Plan(images, micro, accumulate, per_epoch, total, stop,
                 round(cfg.warmup_epochs * per_epoch), cfg.lr * cfg.batch_size / cfg.lr_batch)
 
 
-def micro_batches(cfg, plan, rank, steps):
+def micro_batches(cfg, plan, rank, steps, repeats=1):
     """The (epoch, index) pairs of each micro-batch of process `rank`, step by step.
 
     An epoch is a permutation of the images seeded by (seed, epoch); step s takes its s-th slice of
-    batch_size, each process its part of the slice.
+    batch_size, each process its part of the slice. Repeated augmentation shows each image `repeats`
+    times in a step, each time as if in another epoch, and 1 / repeats of the images in an epoch.
     """
     shuffled = None
     for step in steps:
@@ -378,9 +401,13 @@ def micro_batches(cfg, plan, rank, steps):
         if epoch != shuffled:
             order = np.random.default_rng((cfg.seed, 2, epoch)).permutation(plan.images).tolist()
             shuffled = epoch
-        begin = place * cfg.batch_size + rank * plan.share
-        for i in range(begin, begin + plan.share, plan.micro):
-            yield [(epoch, j) for j in order[i:i + plan.micro]]
+        begin = place * cfg.batch_size
+        keys = [(epoch * repeats + j % repeats, order[j // repeats])
+                for j in range(begin, begin + cfg.batch_size)]
+        keys = [key for k in range(repeats) for key in keys[k::repeats]]  # repeats lie far apart
+        mine = keys[rank * plan.share:][:plan.share]
+        for i in range(0, plan.share, plan.micro):
+            yield mine[i:i + plan.micro]
 
 
 def uniforms(cfg, stream, count):
@@ -388,6 +415,12 @@ def uniforms(cfg, stream, count):
     rng = np.random.default_rng((cfg.seed, *stream))
     shape = (count, cfg.exemplars + 1, crop.UNIFORMS)
     return torch.from_numpy(rng.random(shape, dtype=np.float32))
+
+
+def contexts_of(source, indices, cfg):
+    """The data set of random contexts."""
+    cut = functools.partial(crop.cut_context, size=cfg.context_size)
+    return crop.Samples(source, indices, cfg.seed, cut)
 
 
 def make_pairs(contexts, u, cfg):
@@ -410,7 +443,8 @@ def make_loader(dataset, batches, workers, machine):
                       if hasattr(os, "sched_getaffinity") else os.cpu_count() // local)
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, collate_fn=crop.collate,
-        worker_init_fn=quiet_worker, pin_memory=machine.device.type == "cuda")
+        worker_init_fn=quiet_worker, pin_memory=machine.device.type == "cuda",
+        persistent_workers=workers > 0)
 
 
 class LocalError(InputError):
@@ -421,22 +455,22 @@ class BadImages:
     """Warns once of each unreadable image that this process meets; raises LocalError beyond three
     and beyond 1%, or when no readable one is left."""
 
-    def __init__(self, count):
-        self.count, self.names = count, set()
+    def __init__(self, count, instead="the next image replaces it"):
+        self.count, self.instead, self.names = count, instead, set()
 
-    def check(self, contexts, failures):
-        """Look at a collated batch; -> its contexts."""
+    def check(self, batch, failures):
+        """Look at what crop.collate gave; -> its batch."""
         for name, reason in failures:
             if name not in self.names:
                 self.names.add(name)
-                print(f"warning: cannot read {name!r} ({reason}); the next image replaces it",
+                print(f"warning: cannot read {name!r} ({reason}); {self.instead}",
                       file=sys.stderr, flush=True)
-        if contexts is None or len(self.names) > crop.bad_images_allowed(self.count):
-            why = ("more than three and more than 1%" if len(self.names) < self.count else
-                   "so none is left")
+        none_left = len(self.names) == self.count
+        if none_left or len(self.names) > crop.bad_images_allowed(self.count):
+            why = "so none is left" if none_left else "more than three and more than 1%"
             raise LocalError(f"{len(self.names)} of {self.count} images cannot be read, {why}: "
                              "mend or remove the files named above")
-        return contexts
+        return batch
 
 
 # -------------------------------------------------------------------------------- 5. schedules
@@ -458,12 +492,22 @@ def due(done, every):
     return every > 0 and done % every == 0
 
 
-def parameter_groups(model, weight_decay):
-    """Matrices decay; biases, norms (one dimension) and the cls token do not."""
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    still = [p for n, p in named if p.ndim < 2 or n.endswith("cls_token")]
-    decay = [p for n, p in named if p.ndim >= 2 and not n.endswith("cls_token")]
-    return [dict(params=decay, weight_decay=weight_decay), dict(params=still, weight_decay=0.0)]
+def parameter_groups(model, weight_decay, scale=lambda name: 1.0):
+    """Matrices decay; biases, norms (one dimension) and the cls token do not. A group's `scale`
+    times the learning rate is its own."""
+    groups = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decay = 0.0 if p.ndim < 2 or name.endswith("cls_token") else weight_decay
+            group = dict(params=[], weight_decay=decay, scale=scale(name))
+            groups.setdefault((decay, group["scale"]), group)["params"].append(p)
+    return list(groups.values())
+
+
+def set_learning_rate(optimizer, lr):
+    """Give each group its share of lr."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["scale"]
 
 
 # ------------------------------------------------------------------------------------- 6. files
@@ -490,10 +534,12 @@ def save_file(path, write):
 
 
 def load_checkpoint(path):
-    """Read a checkpoint: tensors and plain types only, no pickled code is run.
+    """Read a checkpoint: tensors and plain types only, no pickled code is run. None: no file.
 
     Raises InputError when the file is not a checkpoint of a training script.
     """
+    if not os.path.exists(path):
+        return None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"step", "config", "model", "optimizer", "images"} - saved.keys()
@@ -506,10 +552,10 @@ def load_checkpoint(path):
     return saved
 
 
-def save_checkpoint(path, step, cfg, machine, plan, cim, optimizer):
+def save_checkpoint(path, step, cfg, machine, plan, model, optimizer):
     """All that going on after `step` needs: plain types and tensors only."""
     state = dict(step=step, config=plain(cfg) | {"dtype": machine.dtype},
-                 images=plan.images, model=cim.state_dict(), optimizer=optimizer.state_dict())
+                 images=plan.images, model=model.state_dict(), optimizer=optimizer.state_dict())
     save_file(path, lambda f: torch.save(state, f))
 
 
@@ -519,12 +565,11 @@ def save_encoder(path, cim):
     save_file(path, lambda f: torch.save(weights, f))
 
 
-def resume(path, cfg, machine, plan, cim, optimizer):
-    """Load the checkpoint of this very run into the model and optimiser; -> steps done.
+def resume(saved, path, cfg, machine, plan, model, optimizer):
+    """Put the checkpoint of this very run into model and optimiser; -> steps done.
 
     Raises InputError naming the fields in which its config differs from cfg, FREE ones excepted.
     """
-    saved = load_checkpoint(path)
     theirs = saved["config"] | {"number of images": saved["images"]}
     mine = plain(cfg) | {"dtype": machine.dtype, "number of images": plan.images}
     differ = [f"{k} ({theirs.get(k)} there, {mine.get(k)} here)"
@@ -533,7 +578,7 @@ def resume(path, cfg, machine, plan, cim, optimizer):
     if differ:
         raise InputError(f"{path!r} belongs to a run that differs in {', '.join(differ)}; give the "
                          "same flags to go on with it, or another --out to start afresh")
-    cim.load_state_dict(saved["model"])
+    model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     return saved["step"]
 
@@ -543,41 +588,122 @@ def plain(cfg):
     return json.loads(json.dumps(dataclasses.asdict(cfg)))
 
 
-class Log:
-    """config.json and log.jsonl of one run. Going on after `step` drops the rows beyond it, which
-    belong to steps that were lost; a new run begins with an empty log."""
+class Journal:
+    """What a loop does besides training: the clock, config.json, log.jsonl, checkpoints.
 
-    def __init__(self, cfg, step):
+    Every process has one, so that all agree on what is due; process 0 writes. Going on after step
+    `start` drops the rows beyond it, which belong to steps that were lost.
+    """
+
+    SHOWN = {"skill": "skill {:.3f}", "rank": "feature rank {:.1f}", "top1": "top-1 {:.2f}%",
+             "top5": "top-5 {:.2f}%", "mfu": "mfu {:.0%}"}
+
+    def __init__(self, cfg, machine, plan, start, gflop_per_image):
+        self.cfg, self.machine, self.plan = cfg, machine, plan
+        self.start = self.logged = self.saved = start
+        self.checkpoint, self.path = (os.path.join(cfg.out, n) for n in ("ckpt.pt", "log.jsonl"))
+        self.bad = BadImages(plan.images)
+        self.clock, self.waited, self.ticks = None, 0.0, []
+        self.saved_at = time.perf_counter()
+        self.broken = torch.tensor(sys.maxsize, device=machine.device)  # first step not finite
+        self.peak = peak_tflops(machine)
+        self.gflop = gflop_per_image(cfg) if self.peak or cfg.bench else 0
+        with machine.first():
+            if machine.rank == 0:
+                self.open()
+
+    def open(self):
+        """Make the folder, write config.json, and keep the log's rows up to `start`."""
         try:
-            os.makedirs(cfg.out, exist_ok=True)
+            os.makedirs(self.cfg.out, exist_ok=True)
         except OSError as error:
-            raise InputError(f"cannot make the folder {cfg.out!r}: {error.strerror}") from error
-        if cfg.bench:
+            raise InputError(f"cannot make the folder {self.cfg.out!r}: {error.strerror}") from error
+        if self.cfg.bench:
             return
-        config = json.dumps(plain(cfg), indent=1)
-        save_file(os.path.join(cfg.out, "config.json"), lambda f: f.write(config.encode()))
-        self.path, kept = os.path.join(cfg.out, "log.jsonl"), ""
-        if step and os.path.exists(self.path):
-            with open(self.path, errors="replace") as f:
-                for row in f:
-                    with contextlib.suppress(ValueError):  # a row that a crash tore
-                        kept += row if json.loads(row)["step"] <= step else ""
+        config, kept = json.dumps(plain(self.cfg), indent=1), ""
+        save_file(os.path.join(self.cfg.out, "config.json"), lambda f: f.write(config.encode()))
+        for row in self.rows() if self.start else []:
+            kept += json.dumps(row) + "\n" if row["step"] <= self.start else ""
         save_file(self.path, lambda f: f.write(kept.encode()))
 
-    def add(self, row, seconds_left):
+    def rows(self):
+        """The rows of the log, without those that a crash tore."""
+        if os.path.exists(self.path):
+            with open(self.path, errors="replace") as f:
+                for line in f:
+                    with contextlib.suppress(ValueError):
+                        yield json.loads(line)
+
+    def fetch(self, loader):
+        """The loader's next batch. The clock of a stretch of steps starts at its first one."""
+        asked = time.perf_counter()
+        self.clock = self.clock or asked
+        batch = self.bad.check(*next(loader))
+        self.waited += time.perf_counter() - asked
+        return batch
+
+    def due(self, done, lr, grad_norm, looks):
+        """-> (whether step `done` is logged, whether this process saves it). Raises InputError
+        where one is due and a gradient was not finite since. Under --bench, times the step."""
+        cfg = self.cfg
+        if cfg.bench:
+            self.machine.synchronize()
+            self.ticks.append((time.perf_counter(), self.waited))
+            return False, False
+        now = torch.where(grad_norm.isfinite(), sys.maxsize, done)
+        self.broken = torch.minimum(self.broken, now)
+        last = done == self.plan.stop
+        logs = looks or last or done == self.start + 1 or due(done, cfg.log_every)
+        saves = self.machine.rank == 0 and (  # alone: a clock must not decide what all do together
+            last or due(done, cfg.save_every) or
+            0 < 60 * cfg.save_minutes < time.perf_counter() - self.saved_at)
+        if (logs or saves) and int(self.broken) <= done:
+            good = f"{self.checkpoint!r} of step {self.saved}" if self.saved else "none"
+            raise InputError(f"loss or gradient not finite at step {int(self.broken)}, lr {lr:.3g}; "
+                             f"the last good checkpoint is {good}. Try a lower --lr and another "
+                             "--out")
+        return logs, saves
+
+    def row(self, done, loss, lr, **more):
+        """What is logged of step `done`; stops the clock. loss: of this process's share."""
+        self.machine.sum(loss)
+        seconds = time.perf_counter() - self.clock
+        rate = (done - self.logged) * self.cfg.batch_size / seconds
+        mfu = rate * self.gflop / self.machine.world / self.peak / 1e3 if self.peak else None
+        row = dict(step=done, epoch=done / self.plan.per_epoch,
+                   loss=loss.item() / self.machine.world, lr=lr, images_per_s=rate,
+                   data_wait=self.waited / seconds, mfu=mfu, **more)
+        self.logged, self.clock, self.waited = done, None, 0.0
+        return row
+
+    def add(self, row):
         """Append a row to the file and print it as a line."""
+        self.last = row
+        if self.machine.rank > 0:
+            return
         try:
             with open(self.path, "a") as f:
                 f.write(json.dumps(row) + "\n")
         except OSError as error:
             raise InputError(f"cannot write {self.path!r}: {error.strerror}") from error
-        skill = "" if row["skill"] is None else (
-            f"skill {row['skill']:.3f}  feature rank {row['rank']:.1f}  ")
-        mfu = "" if row["mfu"] is None else f"mfu {row['mfu']:.0%}  "
-        minutes, seconds = divmod(round(seconds_left), 60)
-        print(f"step {row['step']}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  {skill}"
+        shown = "".join(text.format(row[name]) + "  " for name, text in self.SHOWN.items()
+                        if row.get(name) is not None)
+        left = (self.plan.stop - row["step"]) * self.cfg.batch_size / row["images_per_s"]
+        print(f"step {row['step']}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  {shown}"
               f"lr {row['lr']:.2e}  {row['images_per_s']:.0f} images/s  waiting for data "
-              f"{row['data_wait']:.0%}  {mfu}{minutes}:{seconds:02d} left", flush=True)
+              f"{row['data_wait']:.0%}  {plain_time(left)} left", flush=True)
+
+    def save(self, done, model, optimizer):
+        """Write the checkpoint of step `done`."""
+        save_checkpoint(self.checkpoint, done, self.cfg, self.machine, self.plan, model, optimizer)
+        self.saved_at, self.saved = time.perf_counter(), done
+
+
+def plain_time(seconds):
+    """Minutes and seconds, hours where there are any."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
 
 
 # --------------------------------------------------------------------------------- 7. measuring
@@ -604,8 +730,8 @@ class HeldOut:
     NOTHING = dict.fromkeys(("baseline", "skill", "skill_swapped", "heldout_loss", "rank"))
 
     def __init__(self, source, indices, cfg, machine):
-        dataset = crop.Contexts(source, indices, cfg.context_size, cfg.seed)
-        contexts = BadImages(len(dataset)).check(
+        dataset = contexts_of(source, indices, cfg)
+        contexts, _ = BadImages(len(dataset)).check(
             *crop.collate([dataset[0, i] for i in range(len(dataset))]))
         self.cfg, self.machine = cfg, machine
         self.contexts = machine.send(contexts)
@@ -660,32 +786,37 @@ def build_model(cfg):
                cfg.freeze_patch_embed)
 
 
+def count_gflop(loss_of_two):
+    """GFLOP of forward and backward for one image; a multiply-add is two. loss_of_two() builds the
+    model and gives the loss of two images; nothing is computed (the meta device)."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        loss_of_two().backward()
+    return counter.get_total_flops() / 2 / 1e9
+
+
 def gflop_per_image(cfg):
-    """GFLOP of forward and backward for one image with its exemplars; a multiply-add is two."""
-    with torch.device("meta"):
-        cim = build_model(cfg)
+    """GFLOP of a training step for one image with its exemplars."""
+    def loss_of_two():
         context = torch.empty(2, 3, cfg.context_size, cfg.context_size)
         exemplars = torch.empty(2, cfg.exemplars, 3, cfg.exemplar_size, cfg.exemplar_size)
         maps = torch.empty(2, cfg.exemplars, cfg.context_size, cfg.context_size)
-        with FlopCounterMode(display=False) as counter:
-            cim(context, exemplars, maps)[0].backward()
-    return counter.get_total_flops() / 2 / 1e9
+        return build_model(cfg)(context, exemplars, maps)[0]
+
+    return count_gflop(loss_of_two)
 
 
 # -------------------------------------------------------------------------------------- 8. main
 
-BENCH_WARMUP = 3  # steps before the clock starts
-
-
-def bench_report(cfg, machine, ticks, gflop):
-    """The JSON of --bench from ticks, the (clock, seconds waited for data so far) of each step."""
-    steps = np.diff(np.array(ticks[BENCH_WARMUP - 1:]), axis=0)  # [N, 2]
+def bench_report(name, journal):
+    """Print the JSON of --bench and write bench.json: the time of the steps after warm-up."""
+    cfg, machine, gflop = journal.cfg, journal.machine, journal.gflop
+    steps = np.diff(np.array(journal.ticks[BENCH_WARMUP - 1:]), axis=0)  # [N, 2]: step, waiting
     median, spread = float(np.median(steps[:, 0])), np.percentile(steps[:, 0], [10, 90]).tolist()
     tflops = gflop * cfg.batch_size / median / 1e3 / machine.world
     peak = peak_tflops(machine)
     on_cuda = machine.device.type == "cuda"
     memory = torch.cuda.max_memory_allocated() / 1e9 if on_cuda else None
-    return {"bench": "pretrain", "n": len(steps), "step_s": round(median, 5),
+    report = {"bench": name, "n": len(steps), "step_s": round(median, 5),
             "step_s_p10_p90": [round(x, 5) for x in spread],
             "images_per_s": round(cfg.batch_size / median, 2),
             "data_wait": round(float(steps[:, 1].sum() / steps[:, 0].sum()), 4),
@@ -695,6 +826,10 @@ def bench_report(cfg, machine, ticks, gflop):
             "device": torch.cuda.get_device_name() if on_cuda else machine.device.type,
             "dtype": machine.dtype, "compile": machine.compile,
             "torch": torch.__version__}
+    if machine.rank == 0:
+        report = json.dumps(report)
+        save_file(os.path.join(cfg.out, "bench.json"), lambda f: f.write(report.encode()))
+        print(report)
 
 
 def build(cfg, machine):
@@ -707,19 +842,18 @@ def build(cfg, machine):
                                   betas=(cfg.beta1, cfg.beta2), fused=machine.device.type != "mps")
 
 
-def accelerate(cim, machine):
-    """Compile the blocks where asked and wrap the model in DDP where there are processes."""
-    if machine.compile:  # in place, so that state-dict keys stay clean; a ViT block by block
-        encoders = [cim.online, cim.target]
-        vit = isinstance(cim.online, ViT)  # a ResNet's SyncBatchNorm breaks the graph
-        for part in [b for e in encoders for b in e.blocks] if vit else encoders:
-            part.compile(fullgraph=vit, dynamic=False)
-        for layer in cim.decoder.layers:
-            layer.compile(fullgraph=True, dynamic=False)
+def accelerate(model, machine):
+    """Compile what is large where asked; wrap the model in DDP where there are processes."""
+    if machine.compile:  # in place, so that state-dict keys stay clean
+        for part in list(model.modules()):
+            if isinstance(part, (Block, CorrelationLayer)):
+                part.compile(fullgraph=True, dynamic=False)
+            elif isinstance(part, ResNet50):  # SyncBatchNorm breaks its graph
+                part.compile(dynamic=False)
     if machine.world == 1:
-        return cim
+        return model
     return torch.nn.parallel.DistributedDataParallel(
-        cim, device_ids=[machine.device.index] if machine.device.type == "cuda" else None,
+        model, device_ids=[machine.device.index] if machine.device.type == "cuda" else None,
         gradient_as_bucket_view=True)
 
 
@@ -728,56 +862,44 @@ def main(argv=None):
     cfg = parse_config(Config, PRESETS, argv, __doc__.split("\n")[0])
     machine = setup_machine(cfg.device, cfg.dtype, cfg.compile)
     with machine.first():
-        (source, indices), validation, sentence = crop.pretraining_split(
+        (source, indices), validation, sentence = crop.train_and_val(
             cfg.data, cfg.seed, crop.read_classes(cfg.classes))
     plan = make_plan(cfg, machine, len(indices))
     cim, optimizer = build(cfg, machine)
     checkpoint, encoder = (os.path.join(cfg.out, name) for name in ("ckpt.pt", "encoder.pt"))
-    start, stop = 0, plan.stop
-    if cfg.bench:
-        stop = BENCH_WARMUP + cfg.bench
-    elif os.path.exists(checkpoint):
-        start = resume(checkpoint, cfg, machine, plan, cim, optimizer)
-    if start >= stop:
+    saved, start = None if cfg.bench else load_checkpoint(checkpoint), 0
+    if saved:
+        start = resume(saved, checkpoint, cfg, machine, plan, cim, optimizer)
+    if start >= plan.stop:
         if machine.rank == 0:
             if not os.path.exists(encoder):
                 save_encoder(encoder, cim)
-            print(f"finished: {start} of {stop} steps are done; the encoder is {encoder}")
+            print(f"finished: {start} of {plan.stop} steps are done; the encoder is {encoder}")
         return
-    with machine.first():
-        log = Log(cfg, start) if machine.rank == 0 else None
+    journal = Journal(cfg, machine, plan, start, gflop_per_image)
     if machine.rank == 0:
-        print(plan.describe(cfg, machine, sentence, start), flush=True)
+        print(plan.describe(cfg, machine, sentence, start,
+                            f"contexts, each with {cfg.exemplars} exemplars"), flush=True)
 
-    bad = BadImages(plan.images)
     held_out = HeldOut(*validation, cfg, machine)
-    loader = iter(make_loader(crop.Contexts(source, indices, cfg.context_size, cfg.seed),
-                              micro_batches(cfg, plan, machine.rank, range(start, stop)),
+    loader = iter(make_loader(contexts_of(source, indices, cfg),
+                              micro_batches(cfg, plan, machine.rank, range(start, plan.stop)),
                               cfg.workers, machine))
-    peak_flops = peak_tflops(machine)
-    gflop = gflop_per_image(cfg) if peak_flops or cfg.bench else 0
     model = accelerate(cim, machine)
     parameters = [p for p in cim.parameters() if p.requires_grad]
-    broken = torch.tensor(plan.total + 1, device=machine.device)  # first step that is not finite
-    saved = clock = time.perf_counter()
-    saved_step, logged, waited, ticks = start, start, 0.0, []
 
     cim.train()
-    for step in range(start, stop):
+    for step in range(start, plan.stop):
         lr = learning_rate(step, plan.total, plan.peak, plan.warmup)
         tau = target_decay(step, plan.total, cfg.tau)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        set_learning_rate(optimizer, lr)
         u = uniforms(cfg, (4, step), cfg.batch_size)[machine.rank * plan.share:][:plan.share]
         loss = 0
         for k, rows in enumerate(u.split(plan.micro)):
-            asked = time.perf_counter()
-            contexts = bad.check(*next(loader))
-            waited += time.perf_counter() - asked
+            contexts, _ = journal.fetch(loader)
             context, exemplars, maps, _ = make_pairs(
                 machine.send(contexts), machine.send(rows), cfg)
-            more = machine.world > 1 and k < plan.accumulate - 1  # gradients meet at the last one
-            with model.no_sync() if more else contextlib.nullcontext():
+            with machine.accumulating(model, last=k == plan.accumulate - 1):
                 with machine.autocast():
                     part, _ = model(context, exemplars, maps)
                 (part / plan.accumulate).backward()
@@ -786,53 +908,25 @@ def main(argv=None):
         optimizer.step()
         optimizer.zero_grad()
         cim.update_target(tau)
-        broken = torch.where(grad_norm.isfinite(), broken, broken.clamp(max=step + 1))
 
         done = step + 1
-        if cfg.bench:
-            machine.synchronize()
-            ticks.append((time.perf_counter(), waited))
-            continue
-        last = done == stop
-        looks = last or due(done, cfg.eval_every)
-        logs = looks or done == start + 1 or due(done, cfg.log_every)
-        saves = machine.rank == 0 and (  # alone: a clock must not decide what all do together
-            last or due(done, cfg.save_every) or
-            0 < 60 * cfg.save_minutes < time.perf_counter() - saved)
-        if (logs or saves) and int(broken) <= done:
-            lr = learning_rate(int(broken) - 1, plan.total, plan.peak, plan.warmup)
-            good = f"{checkpoint!r} of step {saved_step}" if saved_step else "none"
-            raise InputError(f"loss or gradient not finite at step {int(broken)}, lr {lr:.3g}; the "
-                             f"last good checkpoint is {good}. Try a lower --lr and another --out")
+        looks = not cfg.bench and (done == plan.stop or due(done, cfg.eval_every))
+        logs, saves = journal.due(done, lr, grad_norm, looks)
         if logs:
-            machine.sum(loss)
-            seconds = time.perf_counter() - clock
-            rate = (done - logged) * cfg.batch_size / seconds
-            mfu = rate * gflop / machine.world / peak_flops / 1e3 if peak_flops else None
-            row = dict(step=done, epoch=done / plan.per_epoch, loss=loss.item() / machine.world,
-                       lr=lr, tau=tau, grad_norm=grad_norm.item(), images_per_s=rate,
-                       data_wait=waited / seconds, mfu=mfu, **HeldOut.NOTHING)
-            if looks:
-                row |= held_out.evaluate(cim)
-            if machine.rank == 0:
-                log.add(row, seconds_left=(stop - done) * cfg.batch_size / rate)
+            row = journal.row(done, loss, lr, tau=tau, grad_norm=grad_norm.item())
+            journal.add(row | (held_out.evaluate(cim) if looks else HeldOut.NOTHING))
         if saves:
-            save_checkpoint(checkpoint, done, cfg, machine, plan, cim, optimizer)
-            saved, saved_step = time.perf_counter(), done
+            journal.save(done, cim, optimizer)
         if looks and machine.rank == 0:
             held_out.picture(cim, os.path.join(cfg.out, "maps.png"))
-        if logs:
-            logged, clock, waited = done, time.perf_counter(), 0.0
 
-    if machine.rank == 0 and cfg.bench:
-        report = json.dumps(bench_report(cfg, machine, ticks, gflop))
-        save_file(os.path.join(cfg.out, "bench.json"), lambda f: f.write(report.encode()))
-        print(report)
+    if cfg.bench:
+        bench_report("pretrain", journal)
     elif machine.rank == 0:
         save_encoder(encoder, cim)
         print(f"done: {cfg.out} holds encoder.pt, maps.png, log.jsonl and ckpt.pt; on held-out "
-              f"images skill is {row['skill']:.3f}, with swapped exemplars "
-              f"{row['skill_swapped']:.3f} (0: nothing is read from the exemplar)")
+              "images skill is {skill:.3f}, with swapped exemplars {skill_swapped:.3f} (0: nothing "
+              "is read from the exemplar)".format(**journal.last))
 
 
 def run(main):

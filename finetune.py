@@ -1,0 +1,516 @@
+"""finetune.py: what a pre-trained encoder is worth, by fine-tuning it (Tables 5, 6, 10 and 11).
+
+    python finetune.py --recipe=demo                        a laptop, after pretrain.py --preset=demo
+    python finetune.py --recipe=linear --init=ENCODER       a linear probe of frozen features
+    torchrun --nproc_per_node=8 finetune.py --init=out/pretrain/encoder.pt        Table 10, ViT-B/16
+
+In the order in which things happen:
+
+    1. Config     every field is a flag; the defaults are Table 10 for ViT-B/16; RECIPES are values
+    2. the data   labels, RandAugment, MixUp and CutMix
+    3. weights    our files, timm's, torchvision's, the released ones -> an encoder
+    4. the loss   soft targets, learning rates by layer
+    5. accuracy   exact for any number of processes
+    6. main       the loop; processes, schedules, checkpoints and the log are pretrain.py's
+
+The images and crops of step s are seeded by (seed, s) as in pretrain.py. MixUp, CutMix and drop
+path draw from (seed, s, process): an interrupted run goes on as if nothing had happened, on the
+same number of processes with the same micro-batch.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import re
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torchvision.transforms import v2
+
+import crop
+from crop import InputError
+from model import ENCODERS, Classifier, resize_positions
+from pretrain import (BadImages, Journal, accelerate, bench_report, check_values, count_gflop, due,
+                      learning_rate, load_checkpoint, make_loader, make_plan, micro_batches,
+                      parameter_groups, parse_config, plain, resume, run, save_file,
+                      set_learning_rate, setup_machine)
+
+
+# ------------------------------------------------------------------------------------ 1. Config
+
+@dataclass(frozen=True)
+class Config:
+    """The paper's recipe for ViT-B/16, Table 10. A field's comment is its line in --help."""
+
+    recipe: str = "vit_b"  # vit_b, vit_s, resnet50_100, resnet50_300, linear or demo: values only
+    # where
+    init: str = "out/pretrain/encoder.pt"  # a file with the encoder's weights, or scratch
+    use_target: bool = False  # take the moving average out of a pre-training checkpoint
+    data: str = "data/imagenet"  # a folder, train/CLASS/* and val/CLASS/*, or a built-in source
+    classes: str = ""  # a file with the names of the class folders to keep, one a line
+    out: str = "out/finetune"  # the run's folder: config.json, log.jsonl, ckpt.pt, model.pt
+    model: str = "auto"  # the encoder; auto is the one in --init, from scratch the recipe's
+    # images
+    image_size: int = 224  # pixels, in training
+    test_size: int = 224  # pixels, in validation
+    test_crop: float = 0.95  # side of the centre crop as a fraction of the shorter side
+    scale: tuple = (0.08, 1.0)  # area of a random crop, as a fraction of the image
+    flip: float = 0.5  # probability of a mirrored image
+    randaugment: float = 9.0  # mean magnitude of RandAugment, on a scale of 0 to 10
+    randaugment_std: float = 0.5  # standard deviation of its magnitude
+    randaugment_p: float = 0.5  # probability of each of its two operations; 0 turns it off
+    erasing: float = 0.0  # probability of erasing a random box (the released code: 0.25)
+    mixup: float = 0.8  # alpha of MixUp; 0 turns it off
+    cutmix: float = 1.0  # alpha of CutMix; 0 turns it off
+    repeats: int = 1  # times that each image comes in a step (repeated augmentation)
+    # optimisation
+    loss: str = "ce"  # ce (cross-entropy) or bce (binary cross-entropy of each class)
+    smoothing: float = 0.1  # of the labels
+    bce_threshold: float = 0.0  # with bce, targets above it become 1, others 0; 0 leaves them soft
+    drop_path: float = 0.1  # stochastic depth of a ViT's last block
+    layer_decay: float = 0.8  # a layer's learning rate over that of the layer above
+    frozen: bool = False  # linear probe: the encoder stays as it is
+    optimizer: str = "adamw"  # adamw or sgd (with momentum beta1)
+    epochs: int = 100  # passes over the images
+    warmup_epochs: float = 5.0  # of linear warm-up of the learning rate
+    batch_size: int = 2048  # images a step, over all processes
+    lr: float = 9.6e-3  # peak learning rate at a batch of lr_batch
+    lr_batch: int = 2048  # the batch that lr is meant for; another one scales it linearly
+    weight_decay: float = 0.05  # of matrices; not of biases, norms and the cls token
+    beta1: float = 0.9  # AdamW's, or the momentum
+    beta2: float = 0.999  # AdamW's
+    clip: float = 0.0  # largest norm of the gradient; 0 does not clip
+    seed: int = 0  # of everything random
+    max_steps: int = 0  # stop early, schedules still span epochs; 0 does not
+    # machine: may differ when a run goes on, but for dtype
+    micro_batch: int = 0  # images a process handles at once; 0 picks one that divides
+    device: str = "auto"  # auto, cpu, cuda or mps
+    dtype: str = "auto"  # auto, float32 or bfloat16; auto is bfloat16 where the chip multiplies it
+    compile: str = "auto"  # auto, true or false; auto compiles on CUDA
+    workers: int = -1  # loader processes for each training process; -1 uses the cores at hand
+    log_every: int = 10  # steps
+    eval_epochs: int = 1  # epochs between validations; the end is always validated
+    save_every: int = 1000  # steps between checkpoints; 0 goes by save_minutes only
+    save_minutes: float = 15.0  # minutes between checkpoints; 0 goes by save_every only
+    bench: int = 0  # time so many steps: one JSON line, kept as bench.json, and nothing else
+
+    def __post_init__(self):
+        """Raise InputError for values that cannot work, before any work starts."""
+        check_values(self, recipe=RECIPES, model=("auto", *ENCODERS), loss=("ce", "bce"),
+                     optimizer=("adamw", "sgd"))
+        if self.randaugment > 10:
+            raise InputError(f"--randaugment {self.randaugment:g}: the scale goes from 0 to 10")
+        if not 0 < self.scale[0] <= self.scale[1] <= 1:
+            raise InputError(f"--scale {self.scale} must be 0 < low <= high <= 1 (areas)")
+
+
+PLAIN = dict(randaugment_p=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0)
+RESNET50 = dict(lr=12e-3, weight_decay=0.02, layer_decay=1.0, drop_path=0.0, loss="bce",
+                mixup=0.1, cutmix=1.0)  # both columns of Table 11
+RECIPES = {
+    "vit_b": {},
+    "vit_s": dict(epochs=200, out="out/finetune_vit_s"),
+    "resnet50_100": dict(RESNET50, epochs=100, image_size=160, randaugment=6.0,
+                         out="out/finetune_resnet50_100"),
+    "resnet50_300": dict(RESNET50, epochs=300, randaugment=7.0, smoothing=0.0, repeats=3,
+                         out="out/finetune_resnet50_300"),
+    "linear": dict(PLAIN, frozen=True, optimizer="sgd", lr=0.1, lr_batch=256, batch_size=1024,
+                   epochs=90, warmup_epochs=10.0, weight_decay=0.0, drop_path=0.0,
+                   layer_decay=1.0, out="out/linear"),
+    "demo": dict(PLAIN, data="shapes", init="out/demo/encoder.pt", out="out/demo_finetune",
+                 image_size=64, test_size=64, scale=(0.5, 1.0), drop_path=0.0, epochs=10,
+                 warmup_epochs=1.0, batch_size=64, lr=2e-3, lr_batch=64, workers=0,
+                 log_every=75),
+}
+SCRATCH = {"vit_b": "vit_b16", "vit_s": "vit_s16", "resnet50_100": "resnet50",
+           "resnet50_300": "resnet50", "demo": "vit_d8"}  # the encoder of a recipe without weights
+
+
+# ---------------------------------------------------------------------------------- 2. the data
+
+def match_labels(source, classes, place):
+    """The labels of a source, its class folders found by name in `classes`; -1 for none. Raises
+    InputError naming the folders that are not among them."""
+    number = {name: k for k, name in enumerate(classes)}
+    strange = [name for name in source.classes if name not in number]
+    if strange:
+        raise InputError(f"{place!r} has {len(strange)} classes that the {len(classes)} known ones "
+                         f"lack: {', '.join(strange[:5])}{' ...' if len(strange) > 5 else ''}")
+    return [number[source.classes[k]] if k >= 0 else -1 for k in source.labels]
+
+
+def labelled_data(cfg):
+    """-> (training source, its labelled rows), (validation source, its labelled rows), a sentence.
+    Both sources number the classes as the first does."""
+    (train, rows), (val, val_rows), sentence = crop.train_and_val(
+        cfg.data, cfg.seed, crop.read_classes(cfg.classes), held_out=None)
+    if len(train.classes) < 2:
+        raise InputError(f"{cfg.data!r} has {len(train.classes)} class folders: fine-tuning needs "
+                         "train/CLASS/* and val/CLASS/* with two classes or more")
+    if val is not train:
+        val.labels = match_labels(val, train.classes, cfg.data)
+    rows, val_rows = ([i for i in r if source.labels[i] >= 0]
+                      for source, r in ((train, rows), (val, val_rows)))
+    if not rows or not val_rows:
+        raise InputError(f"{cfg.data!r} has no labelled images to "
+                         f"{'validate' if rows else 'train'} on: they lie in class folders")
+    return (train, rows), (val, val_rows), f"{sentence}, {len(train.classes)} classes"
+
+
+class RandAugment(v2.RandAugment):
+    """timm's "9 / 0.5": two random operations, each with probability p, at a magnitude drawn from
+    N(magnitude, std) on a scale of 0 to 10.
+
+    DEVIATION: the operations are torchvision's. timm has Invert and SolarizeAdd besides, and no
+    Identity; it takes bilinear or bicubic interpolation at random, here it is bilinear.
+    """
+
+    def __init__(self, magnitude, std, p):
+        super().__init__(num_ops=1, num_magnitude_bins=1001,  # hundredths of a magnitude
+                         interpolation=v2.InterpolationMode.BILINEAR,
+                         fill=[round(255 * m) for m in crop.MEAN])
+        self.mean, self.std, self.p = magnitude, std, p
+
+    def augment(self, image, rng):
+        """PIL image -> PIL image. torchvision draws from torch's generator, so rng seeds it."""
+        torch.default_generator.manual_seed(int(rng.integers(2**63)))
+        for _ in range(2):
+            if rng.random() < self.p:
+                self.magnitude = round(100 * min(10, max(0, rng.normal(self.mean, self.std))))
+                image = self(image)
+        return image
+
+
+def make_mix(cfg, classes):
+    """(images [B, 3, h, w], labels [B]) -> (images, targets [B, classes]): MixUp or CutMix, evenly,
+    with the next image of the batch; targets sum to 1."""
+    kinds = [kind(alpha=alpha, num_classes=classes)
+             for kind, alpha in ((v2.MixUp, cfg.mixup), (v2.CutMix, cfg.cutmix)) if alpha > 0]
+    if not kinds:
+        return lambda images, labels: (images, F.one_hot(labels, classes).float())
+    return v2.RandomChoice(kinds)
+
+
+def training_set(cfg, source, rows):
+    """Random crops, mirrored at random, with RandAugment; decoded with draft() in the workers."""
+    rand_augment = RandAugment(cfg.randaugment, cfg.randaugment_std, cfg.randaugment_p)
+    return crop.Samples(source, rows, cfg.seed, partial(
+        crop.cut_context, size=cfg.image_size, scale=cfg.scale, flip=cfg.flip,
+        augment=rand_augment.augment if cfg.randaugment_p > 0 else None))
+
+
+# ----------------------------------------------------------------------------------- 3. weights
+
+HEADS = ("head.", "fc.", "fc_norm.", "norm.")  # of a classifier; a fresh one takes their place
+OTHERS = ("online.", "target.", "decoder", "mask_token",  # of pre-training: ours, and the released
+          "patch_embed_c.", "blocks_c.", "norm_c.")  # code's names for the target
+
+
+def read_weights(path, use_target=False):
+    """(the encoder's name, its state dict and what else the file has, by published names).
+
+    path: our encoder.pt, ckpt.pt or model.pt, timm's ViT, torchvision's ResNet-50, or the released
+    CIM weights. use_target: the moving average of a pre-training checkpoint instead of the online
+    encoder. Raises InputError when the file is something else.
+    """
+    if not os.path.exists(path):
+        raise InputError(f"there is no file {path!r}: --init takes the encoder.pt that pretrain.py "
+                         "writes, another file of weights, or scratch")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):  # the released file has one
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch.load raises many kinds on files that are none
+        raise InputError(f"{path!r} is not a file of weights ({type(error).__name__})") from error
+    for entry in ("model", "weights", "state_dict"):  # checkpoints, model.pt, timm's
+        if isinstance(state, dict) and isinstance(state.get(entry), dict):
+            state = state[entry]
+    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+        raise InputError(f"{path!r} is not a state dict, nor a checkpoint with one")
+    state = {k.removeprefix("module."): v for k, v in state.items()}
+    ours, released = ([k for k in state if k.startswith(p)] for p in ("target.", "blocks_c."))
+    if use_target and not ours and not released:
+        raise InputError(f"{path!r} holds no target: --use_target takes a pre-training checkpoint")
+    if ours:
+        side = "target." if use_target else "online."
+        state = {k.removeprefix(side): v for k, v in state.items()}
+    elif use_target:
+        state |= {k.replace("_c.", "."): v for k, v in state.items() if "_c." in k}
+    return identify(state, path), state
+
+
+def identify(state, path):
+    """The name of the encoder whose weights these are."""
+    if "layer4.2.conv3.weight" in state:
+        return "resnet50"
+    if "cls_token" not in state or "patch_embed.proj.weight" not in state:
+        raise InputError(f"{path!r} holds no encoder known here: neither a ViT by timm's names nor "
+                         "a ResNet-50 by torchvision's")
+    blocks = {k.split(".")[1] for k in state if k.startswith("blocks.")}
+    shape = (state["cls_token"].shape[-1], len(blocks), state["patch_embed.proj.weight"].shape[-1])
+    names = [name for name, known in ENCODERS.items() if known == shape]
+    if not names:
+        raise InputError(f"{path!r} holds a ViT of width {shape[0]}, depth {shape[1]} and patch "
+                         f"{shape[2]}; known are {', '.join(ENCODERS)}")
+    return names[0]
+
+
+def load_weights(model, state, path, head=False):
+    """Put an encoder's weights into a Classifier, its head as well where `head` is true.
+    -> a sentence: what is new, what was left out.
+
+    Nothing is loaded in part: raises InputError for any missing weight but the head's, for any
+    surplus one but those of other heads and of pre-training, and for shapes that differ.
+    """
+    wanted = model.names()
+    new = {theirs for mine, theirs in wanted.items() if not head and (
+        mine.startswith("head.") or mine.startswith("fc_norm.") and theirs not in state)}
+    old = {theirs: v for theirs, v in state.items() if theirs in wanted.values()} 
+    for theirs in wanted.values():  # old files of torchvision lack BatchNorm's counters
+        if theirs.endswith("num_batches_tracked"):
+            old.setdefault(theirs, torch.tensor(0))
+    missing = sorted(set(wanted.values()) - new - old.keys())
+    surplus = sorted(k for k in state.keys() - set(wanted.values())
+                     if not k.startswith((*HEADS, *OTHERS)))
+    if missing or surplus:
+        parts = [f"{word} {', '.join(keys[:5])}{' ...' if len(keys) > 5 else ''}"
+                 for word, keys in (("lacks", missing), ("has the unknown", surplus)) if keys]
+        raise InputError(f"{path!r} {' and '.join(parts)}; nothing was loaded")
+    mine = model.state_dict()
+    if "pos_embed" in old and old["pos_embed"].shape != mine["encoder.pos_embed"].shape:
+        old["pos_embed"] = resize_table(old["pos_embed"], mine["encoder.pos_embed"].shape[1])
+    for key, theirs in wanted.items():
+        if theirs in new:
+            continue
+        if old[theirs].shape != mine[key].shape:
+            raise InputError(f"{path!r}: {theirs} has shape {list(old[theirs].shape)} instead of "
+                             f"{list(mine[key].shape)}; nothing was loaded")
+        mine[key] = old[theirs]
+    model.load_state_dict(mine)
+    left = sorted({re.sub(r"[._].*", "", k) for k in state.keys() - (set(wanted.values()) - new)})
+    return (f"{len(wanted) - len(new)} tensors from {path}; new: {', '.join(sorted(new)) or 'none'}"
+            f"; left out: {', '.join(left) or 'none'}")
+
+
+def resize_table(table, count):
+    """A position table [1, 1 + N, D], cls token first, for `count` tokens, bicubically."""
+    side = math.isqrt(count - 1)
+    if math.isqrt(table.shape[1] - 1) ** 2 != table.shape[1] - 1:
+        return table  # no square grid: its shape will be named
+    return torch.cat([table[:, :1], resize_positions(table[:, 1:], side, side)], 1)
+
+
+def choose_encoder(cfg, found):
+    """The encoder's name: what the file holds (None: scratch), which must suit the recipe.
+    Raises InputError when it does not, and when images are not whole patches of it."""
+    usual = SCRATCH.get(cfg.recipe)
+    name = (found or usual) if cfg.model == "auto" else cfg.model
+    if name is None:
+        raise InputError(f"--recipe={cfg.recipe} --init=scratch needs --model")
+    if found and name != found:
+        raise InputError(f"{cfg.init!r} holds {found}, not {name}; leave --model away")
+    others = "resnet50_100" if name == "resnet50" else "vit_b"
+    if cfg.model == "auto" and usual and (usual == "resnet50") != (name == "resnet50"):
+        raise InputError(f"--recipe={cfg.recipe} is not for {name}, which {cfg.init!r} holds: take "
+                         f"--recipe={others}, or insist with --model={name}")
+    if name == "resnet50" and cfg.drop_path > 0:
+        raise InputError("resnet50 has no stochastic depth: add --drop_path=0")
+    patch = ENCODERS[name][2] if ENCODERS[name] else 1
+    for size in (cfg.image_size, cfg.test_size):
+        if size % patch:
+            raise InputError(f"images of {size} pixels are no whole patches of {patch}: choose "
+                             "another --image_size and --test_size")
+    return name
+
+
+# ---------------------------------------------------------------------------------- 4. the loss
+
+def soft_loss(logits, targets, cfg):
+    """Cross-entropy, or the mean binary cross-entropy over the classes, with smoothed targets:
+    t (1 - s) + s / classes. DEVIATION: [67] makes mixed targets 0 or 1 at a threshold of 0.2,
+    which Table 11 does not say and which undoes the smoothing: a flag, off."""
+    targets = targets * (1 - cfg.smoothing) + cfg.smoothing / targets.shape[1]
+    if cfg.loss == "ce":
+        return F.cross_entropy(logits.float(), targets)
+    if cfg.bce_threshold > 0:
+        targets = (targets > cfg.bce_threshold).float()
+    return F.binary_cross_entropy_with_logits(logits.float(), targets)
+
+
+def layer_scale(name, depth, decay):
+    """decay^(depth + 1 - layer): 1 for the head, decay for the last of `depth` blocks, and so on
+    down to the embedding, layer 0. A ResNet has four layers and its stem."""
+    block, stage = (re.match(rf"encoder\.{p}(\d+)\.", name) for p in ("blocks\\.", "layer"))
+    layer = (int(block[1]) + 1 if block else int(stage[1]) if stage else
+             0 if name.startswith("encoder.") else depth + 1)
+    return decay ** (depth + 1 - layer)
+
+
+def build(cfg, classes, machine):
+    """The classifier, seeded, and its optimiser."""
+    torch.manual_seed(cfg.seed)
+    model = Classifier(cfg.model, classes, cfg.drop_path, probe=cfg.frozen).to(machine.device)
+    model.encoder.requires_grad_(not cfg.frozen)
+    depth = 4 if cfg.model == "resnet50" else len(model.encoder.blocks)
+    if depth != 4:
+        model.encoder.pos_embed.requires_grad_(False)
+    groups = parameter_groups(model, cfg.weight_decay,
+                              partial(layer_scale, depth=depth, decay=cfg.layer_decay))
+    if cfg.optimizer == "sgd":
+        return model, torch.optim.SGD(groups, cfg.lr, cfg.beta1)
+    return model, torch.optim.AdamW(groups, cfg.lr, (cfg.beta1, cfg.beta2),
+                                    fused=machine.device.type != "mps")
+
+
+def gflop_per_image(cfg, classes):
+    """GFLOP of a training step for one image."""
+    def loss_of_two():
+        model = Classifier(cfg.model, classes, cfg.drop_path, probe=cfg.frozen)
+        model.encoder.requires_grad_(not cfg.frozen)
+        return model(torch.empty(2, 3, cfg.image_size, cfg.image_size)).sum()
+
+    return count_gflop(loss_of_two)
+
+
+# ---------------------------------------------------------------------------------- 5. accuracy
+
+class Images:
+    """The centre crops of some images of a source, for measuring. Iterating gives this process's
+    batches: (normalised images on the device, their numbers in the source on the CPU). The batches
+    are the same for any number of processes; unreadable images are left out with a warning."""
+
+    BATCH = 64
+
+    def __init__(self, source, rows, size, ratio, workers, machine):
+        cut = partial(crop.cut_centre, size=size, ratio=ratio)
+        batches = [[(0, i) for i in range(b, min(b + self.BATCH, len(rows)))]
+                   for b in range(0, len(rows), self.BATCH)]
+        self.machine, self.bad = machine, BadImages(len(rows), "it is left out")
+        self.loader = make_loader(crop.Samples(source, rows, 0, cut, replace=False),
+                                  batches[machine.rank::machine.world], workers, machine)
+
+    def __iter__(self):
+        for batch, failures in self.loader:
+            if self.bad.check(batch, failures):
+                images, numbers = batch
+                yield crop.normalize(self.machine.send(images).float() / 255), numbers
+
+
+def accuracy(model, images, labels, machine):
+    """-> top-1 and top-5 in percent, mean cross-entropy and the number of images; labels [source].
+
+    Exact for any number of processes: each image counts once, nothing is padded."""
+    model.eval()
+    machine.share_buffers(model)
+    sums = torch.zeros(4, device=machine.device)  # counts are exact up to 2^24
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        for x, numbers in images:
+            y = machine.send(labels[numbers])
+            with machine.autocast():
+                logits = model(x)
+            hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
+            loss = F.cross_entropy(logits.float(), y, reduction="sum")
+            sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, loss.new_tensor(len(y))])
+    machine.sum(sums)
+    top1, top5, loss, n = sums.tolist()
+    return dict(top1=100 * top1 / n, top5=100 * top5 / n, val_loss=loss / n, n=int(n))
+
+
+# -------------------------------------------------------------------------------------- 6. main
+
+def save_model(path, model, cfg, classes):
+    """model.pt: weights by timm's or torchvision's names, class names in order, config."""
+    state = {theirs: model.state_dict()[mine].cpu() for mine, theirs in model.names().items()}
+    saved = dict(weights=state, classes=list(classes), config=plain(cfg))
+    save_file(path, lambda f: torch.save(saved, f))
+
+
+def main(argv=None):
+    """The run of a Config, from the command line to model.pt; goes on from out/ckpt.pt."""
+    cfg = parse_config(Config, RECIPES, argv, __doc__.split("\n")[0])
+    machine = setup_machine(cfg.device, cfg.dtype, cfg.compile)
+    with machine.first():
+        (train, rows), (val, val_rows), sentence = labelled_data(cfg)
+    checkpoint, final = (os.path.join(cfg.out, name) for name in ("ckpt.pt", "model.pt"))
+    saved, start, classes = None if cfg.bench else load_checkpoint(checkpoint), 0, train.classes
+    if saved:  # the weights are in the checkpoint, and the encoder's name
+        found = saved["config"]["model"] if cfg.model == "auto" else None
+    else:
+        found, weights = (None, None) if cfg.init == "scratch" else read_weights(
+            cfg.init, cfg.use_target)
+    cfg = dataclasses.replace(cfg, model=choose_encoder(cfg, found))
+    plan = make_plan(cfg, machine, len(rows))
+    model, optimizer = build(cfg, len(classes), machine)
+    if saved:
+        start = resume(saved, checkpoint, cfg, machine, plan, model, optimizer)
+    loaded = load_weights(model, weights, cfg.init) if not saved and weights else cfg.init
+    if start >= plan.stop:
+        if machine.rank == 0:
+            if not os.path.exists(final):
+                save_model(final, model, cfg, classes)
+            print(f"finished: {start} of {plan.stop} steps are done; the model is {final}")
+        return
+    journal = Journal(cfg, machine, plan, start, partial(gflop_per_image, cfg, len(classes)))
+    if machine.rank == 0:
+        print(f"{plan.describe(cfg, machine, sentence, start, 'images')}\nweights  {loaded}",
+              flush=True)
+
+    loader = iter(make_loader(
+        training_set(cfg, train, rows),
+        micro_batches(cfg, plan, machine.rank, range(start, plan.stop), cfg.repeats),
+        cfg.workers, machine))
+    val_images = Images(val, val_rows, cfg.test_size, cfg.test_crop, cfg.workers, machine)
+    labels, val_labels = torch.tensor(train.labels), torch.tensor(val.labels)
+    mix, erase = make_mix(cfg, len(classes)), v2.RandomErasing(cfg.erasing, value="random")
+    wrapped = accelerate(model, machine)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    for step in range(start, plan.stop):
+        model.train()
+        model.encoder.train(not cfg.frozen)
+        lr = learning_rate(step, plan.total, plan.peak, plan.warmup)
+        set_learning_rate(optimizer, lr)
+        loss = 0
+        for k in range(plan.accumulate):
+            images, numbers = journal.fetch(loader)
+            draws = np.random.SeedSequence((cfg.seed, 7, step, k, machine.rank))
+            torch.manual_seed(int(draws.generate_state(1, np.uint64)[0]))
+            images = crop.normalize(machine.send(images).float() / 255)
+            if cfg.erasing > 0:
+                images = torch.stack([erase(image) for image in images])
+            images, targets = mix(images, machine.send(labels[numbers]))
+            with machine.accumulating(wrapped, last=k == plan.accumulate - 1):
+                with machine.autocast():
+                    logits = wrapped(images)
+                part = soft_loss(logits, targets, cfg) / plan.accumulate
+                part.backward()
+            loss = loss + part.detach()
+        grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        done = step + 1
+        looks = not cfg.bench and (done == plan.stop or due(done, cfg.eval_epochs * plan.per_epoch))
+        logs, saves = journal.due(done, lr, grad_norm, looks)
+        if logs:
+            row = journal.row(done, loss, lr, grad_norm=grad_norm.item())
+            scores = dict.fromkeys(("top1", "top5", "val_loss", "n"))
+            journal.add(row | (accuracy(model, val_images, val_labels, machine) if looks else scores))
+        if saves:
+            journal.save(done, model, optimizer)
+
+    if cfg.bench:
+        bench_report("finetune", journal)
+    elif machine.rank == 0:
+        save_model(final, model, cfg, classes)
+        best = max((r for r in journal.rows() if r["top1"] is not None), key=lambda r: r["top1"])
+        print("done: {} holds model.pt, log.jsonl and ckpt.pt; on {n} validation images top-1 is "
+              "{top1:.2f}%, top-5 {top5:.2f}%".format(cfg.out, **journal.last)
+              + f" (the best was {best['top1']:.2f}% after epoch {best['epoch']:g})")
+
+
+if __name__ == "__main__":
+    run(main)
