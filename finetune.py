@@ -122,9 +122,9 @@ RECIPES = {
                    epochs=90, warmup_epochs=10.0, weight_decay=0.0, drop_path=0.0,
                    layer_decay=1.0, out="out/linear"),
     "demo": dict(PLAIN, data="shapes", init="out/demo/encoder.pt", out="out/demo_finetune",
-                 image_size=64, test_size=64, scale=(0.5, 1.0), drop_path=0.0, epochs=10,
-                 warmup_epochs=1.0, batch_size=64, lr=2e-3, lr_batch=64, workers=0,
-                 log_every=75),
+                 image_size=64, test_size=64, scale=(0.8, 1.0), drop_path=0.0, epochs=30,
+                 warmup_epochs=1.0, batch_size=64, lr=2e-3, lr_batch=64, log_every=75,
+                 eval_epochs=5),
 }
 SCRATCH = {"vit_b": "vit_b16", "vit_s": "vit_s16", "resnet50_100": "resnet50",
            "resnet50_300": "resnet50", "demo": "vit_d8"}  # the encoder of a recipe without weights
@@ -211,7 +211,7 @@ OTHERS = ("online.", "target.", "decoder", "mask_token",  # of pre-training: our
 
 
 def read_weights(path, use_target=False):
-    """(the encoder's name, its state dict and what else the file has, by published names).
+    """-> (the encoder's name, the weights by published names, the file as it was saved).
 
     path: our encoder.pt, ckpt.pt or model.pt, timm's ViT, torchvision's ResNet-50, or the released
     CIM weights. use_target: the moving average of a pre-training checkpoint instead of the online
@@ -222,7 +222,7 @@ def read_weights(path, use_target=False):
                          "writes, another file of weights, or scratch")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the released file has one
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            saved = state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch.load raises many kinds on files that are none
         raise InputError(f"{path!r} is not a file of weights ({type(error).__name__})") from error
     for entry in ("model", "weights", "state_dict"):  # checkpoints, model.pt, timm's
@@ -239,7 +239,7 @@ def read_weights(path, use_target=False):
         state = {k.removeprefix(side): v for k, v in state.items()}
     elif use_target:
         state |= {k.replace("_c.", "."): v for k, v in state.items() if "_c." in k}
-    return identify(state, path), state
+    return identify(state, path), state, saved
 
 
 def identify(state, path):
@@ -268,7 +268,7 @@ def load_weights(model, state, path, head=False):
     wanted = model.names()
     new = {theirs for mine, theirs in wanted.items() if not head and (
         mine.startswith("head.") or mine.startswith("fc_norm.") and theirs not in state)}
-    old = {theirs: v for theirs, v in state.items() if theirs in wanted.values()} 
+    old = {theirs: v for theirs, v in state.items() if theirs in wanted.values()}
     for theirs in wanted.values():  # old files of torchvision lack BatchNorm's counters
         if theirs.endswith("num_batches_tracked"):
             old.setdefault(theirs, torch.tensor(0))
@@ -382,12 +382,10 @@ class Images:
     batches: (normalised images on the device, their numbers in the source on the CPU). The batches
     are the same for any number of processes; unreadable images are left out with a warning."""
 
-    BATCH = 64
-
-    def __init__(self, source, rows, size, ratio, workers, machine):
+    def __init__(self, source, rows, size, ratio, workers, machine, batch=64):
         cut = partial(crop.cut_centre, size=size, ratio=ratio)
-        batches = [[(0, i) for i in range(b, min(b + self.BATCH, len(rows)))]
-                   for b in range(0, len(rows), self.BATCH)]
+        batches = [[(0, i) for i in range(b, min(b + batch, len(rows)))]
+                   for b in range(0, len(rows), batch)]
         self.machine, self.bad = machine, BadImages(len(rows), "it is left out")
         self.loader = make_loader(crop.Samples(source, rows, 0, cut, replace=False),
                                   batches[machine.rank::machine.world], workers, machine)
@@ -439,7 +437,7 @@ def main(argv=None):
     if saved:  # the weights are in the checkpoint, and the encoder's name
         found = saved["config"]["model"] if cfg.model == "auto" else None
     else:
-        found, weights = (None, None) if cfg.init == "scratch" else read_weights(
+        found, weights, _ = (None, None, None) if cfg.init == "scratch" else read_weights(
             cfg.init, cfg.use_target)
     cfg = dataclasses.replace(cfg, model=choose_encoder(cfg, found))
     plan = make_plan(cfg, machine, len(rows))

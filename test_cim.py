@@ -5,14 +5,17 @@ Eqs. 2-7); 4. training (Table 9); 5. honesty: does it learn what it says; 6. fil
 Nothing is downloaded, no GPU is needed. `pytest -k map` runs the tests with "map" in their name.
 """
 
+import argparse
 import dataclasses
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
+from fractions import Fraction
 from functools import partial
 
 import numpy as np
@@ -22,9 +25,12 @@ import torch.nn.functional as F
 import torchvision
 from PIL import Image
 from torch import nn
+from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as TF
 
 import crop
+import evaluate
+import finetune
 import model
 import pretrain
 from crop import InputError
@@ -613,17 +619,18 @@ def test_the_defaults_are_table_9():
     assert pretrain.PRESETS["paper"] == {}
 
 
-def test_presets_are_values_only_and_every_field_is_read():
+@pytest.mark.parametrize("script, presets", [
+    (pretrain, pretrain.PRESETS), (finetune, finetune.RECIPES), (evaluate, {})])
+def test_presets_are_values_only_and_every_field_is_read(script, presets):
     """A preset names fields and nothing else; no field is a flag that nothing reads."""
-    names = {f.name for f in dataclasses.fields(pretrain.Config)}
-    for preset, values in pretrain.PRESETS.items():
-        assert set(values) <= names
-        cfg = pretrain.parse_config(pretrain.Config, pretrain.PRESETS, [f"--preset={preset}"])
-        assert cfg.preset == preset and all(getattr(cfg, k) == v for k, v in values.items())
-    source = open(os.path.join(HERE, "pretrain.py")).read()
-    for name in names - {"preset"}:
-        assert re.search(rf"\bcfg\.{name}\b", source), name
-    assert set(pretrain.FREE) <= names
+    names = [f.name for f in dataclasses.fields(script.Config)]
+    for preset, values in presets.items():
+        assert set(values) < set(names)
+        cfg = pretrain.parse_config(script.Config, presets, [f"--{names[0]}={preset}"])
+        assert all(getattr(cfg, k) == v for k, v in (values | {names[0]: preset}).items())
+    files = {open(module.__file__).read() for module in (script, finetune, pretrain)}
+    for name in names[script is not evaluate:]:
+        assert any(re.search(rf"\bcfg\.{name}\b", text) for text in files), name
 
 
 def test_learning_rate_and_tau_at_their_hinges():
@@ -916,7 +923,414 @@ def test_rank_counts_the_directions_that_features_use(d):
     assert pretrain.effective_rank(constant.double()) == 1
 
 
-# --------------------------------------------------------------------- 6. files and bad input
+# ---------------------------------------------------------------------------------- 6. transfer
+
+SMALL = ["--recipe=demo", "--device=cpu", "--dtype=float32", "--log_every=1", "--image_size=32",
+         "--test_size=32", "--batch_size=8"]
+
+
+@pytest.fixture(scope="module")
+def classes3(tmp_path_factory):
+    """Three classes of generated pictures, 8 to train on and 7 to validate on of each: 21 is not
+    divisible by anything that the loader uses."""
+    root = tmp_path_factory.mktemp("classes3")
+    for k, name in enumerate(["ant", "bee", "cat"]):
+        save_images(root / "train" / name, 8, seed=k)
+        save_images(root / "val" / name, 7, seed=10 + k)
+    return root
+
+
+def tune(out, data, *flags):
+    """Fine-tune in this process; -> the rows of the log."""
+    finetune.main([*SMALL, "--init=scratch", f"--data={data}", f"--out={out}", *flags])
+    return [json.loads(line) for line in open(os.path.join(out, "log.jsonl"))]
+
+
+def recipe(name, *flags):
+    return pretrain.parse_config(finetune.Config, finetune.RECIPES, [f"--recipe={name}", *flags])
+
+
+def test_the_recipes_are_tables_10_and_11():
+    """vit_b and vit_s are Table 10, resnet50_100 and resnet50_300 the columns of Table 11."""
+    table10 = dict(lr=9.6e-3, batch_size=2048, layer_decay=0.8, weight_decay=0.05, beta1=0.9,
+                   beta2=0.999, warmup_epochs=5, loss="ce", clip=0, drop_path=0.1, mixup=0.8,
+                   cutmix=1.0, smoothing=0.1, randaugment=9, randaugment_p=0.5, image_size=224,
+                   test_size=224, optimizer="adamw", repeats=1, erasing=0, randaugment_std=0.5)
+    table11 = table10 | dict(lr=12e-3, layer_decay=1, weight_decay=0.02, loss="bce", drop_path=0,
+                             mixup=0.1, test_crop=0.95)
+    columns = {"vit_b": table10 | dict(epochs=100), "vit_s": table10 | dict(epochs=200),
+               "resnet50_100": table11 | dict(epochs=100, randaugment=6, image_size=160),
+               "resnet50_300": table11 | dict(epochs=300, randaugment=7, smoothing=0, repeats=3)}
+    for name, expected in columns.items():
+        assert {k: getattr(recipe(name), k) for k in expected} == expected
+        assert recipe(name).lr_batch == recipe(name).batch_size
+    assert finetune.Config() == recipe("vit_b")
+
+
+@pytest.mark.parametrize("encoder, expected", [
+    ("vit_b16", {"encoder.cls_token": 13, "encoder.patch_embed.proj.weight": 13,
+                 "encoder.blocks.0.attn.qkv.weight": 12, "encoder.blocks.11.mlp.fc2.bias": 1,
+                 "fc_norm.weight": 0, "head.bias": 0}),
+    ("resnet50", {"encoder.conv1.weight": 5, "encoder.bn1.bias": 5, "head.weight": 0,
+                  "encoder.layer1.0.conv1.weight": 4, "encoder.layer4.2.bn3.weight": 1})])
+def test_layers_learn_at_their_own_rates(encoder, expected):
+    """Table 10: the rate of layer l of L is 0.8^(L + 1 - l) of the head's, over 12 blocks and the
+    embedding; every parameter is in one group, and biases and norms do not decay."""
+    cfg = recipe("vit_b", f"--model={encoder}", "--drop_path=0", "--image_size=32")
+    machine = pretrain.Machine(torch.device("cpu"), 0, 1, "float32", False)
+    net, optimizer = finetune.build(cfg, 5, machine)
+    pretrain.set_learning_rate(optimizer, 2.0)
+    names = {id(p): n for n, p in net.named_parameters()}
+    rates = {names[id(p)]: g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    assert set(rates) == {n for n, p in net.named_parameters()} - {"encoder.pos_embed"}
+    for name, power in expected.items():
+        assert rates[name] == pytest.approx(2 * 0.8**power), name
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            assert group["weight_decay"] == (0.05 if p.ndim == 2 or p.ndim == 4 else 0)
+
+
+@pytest.mark.parametrize("mixup, cutmix", [(0.8, 0), (0, 1.0), (0.8, 1.0)])
+def test_mixed_targets_follow_the_mixed_pixels(mixup, cutmix):
+    """MixUp and CutMix: targets sum to one, and the share of each of the two labels is the share
+    of its image's pixels."""
+    torch.manual_seed(0)
+    mix = finetune.make_mix(recipe("vit_b", f"--mixup={mixup}", f"--cutmix={cutmix}"), 6)
+    images = torch.eye(6)[:, :3, None, None].expand(6, 3, 20, 20) * 1.0
+    for _ in range(8):
+        x, targets = mix(images, torch.arange(6))
+        torch.testing.assert_close(targets.sum(1), torch.ones(6))
+        torch.testing.assert_close(x.mean((2, 3)), targets[:, :3])
+        assert (targets > 0).sum(1).max() <= 2
+
+
+def test_losses_equal_the_formulas():
+    """Tables 10 and 11: smoothed soft targets in cross-entropy and in the mean binary
+    cross-entropy, in float64 by hand; the threshold of [67] makes them 0 or 1."""
+    logits, targets = rand(3, 4) * 4 - 2, torch.tensor([[1, 0, 0, 0], [0.3, 0, 0.7, 0],
+                                                        [0.1, 0.9, 0, 0]]).double()
+    smooth = 0.9 * targets + 0.025
+    cross = -(smooth * (logits.exp() / logits.exp().sum(1, keepdim=True)).log()).sum(1).mean()
+    torch.testing.assert_close(finetune.soft_loss(logits, targets, recipe("vit_b")), cross,
+                               check_dtype=False)
+    for flags, t in (["--smoothing=0.1"], smooth), (["--bce_threshold=0.2"], (smooth > 0.2) * 1.0):
+        p = 1 / (1 + (-logits).exp())
+        binary = -(t * p.log() + (1 - t) * (1 - p).log()).mean()
+        got = finetune.soft_loss(logits, targets, recipe("resnet50_100", *flags))
+        torch.testing.assert_close(got, binary, check_dtype=False)
+
+
+def test_repeated_augmentation_shows_each_image_three_times_in_a_step():
+    """Table 11, 300 epochs: over the processes of a step each image comes three times, each time
+    with another crop, never beside itself; an epoch shows a third of the images."""
+    cfg = recipe("resnet50_300", "--batch_size=24", "--micro_batch=4")
+    parts = []
+    for rank in range(2):
+        machine = pretrain.Machine(torch.device("cpu"), rank, 2, "float32", False)
+        plan = pretrain.make_plan(cfg, machine, 100)
+        batches = pretrain.micro_batches(cfg, plan, rank, range(plan.per_epoch), cfg.repeats)
+        parts.append([key for batch in batches for key in batch])
+    for step in range(plan.per_epoch):
+        keys = [key for part in parts for key in part[12 * step:12 * step + 12]]
+        assert len(set(keys)) == 24 and {e for e, _ in keys} == {0, 1, 2}
+        images = [i for _, i in keys]
+        assert sorted(images.count(i) for i in set(images)) == [3] * 8
+        assert all(a != b for a, b in zip(images, images[1:]))
+    assert len({i for part in parts for _, i in part}) == 32  # 4 steps of 8
+
+
+def test_drop_path_keeps_the_expectation():
+    """Stochastic depth: a branch is left out with probability p, growing linearly over the blocks,
+    and scaled by 1 / (1 - p) where it stays; in evaluation it always stays."""
+    vit = model.build_encoder("vit_t16", drop_path=0.5)
+    rates = [block.drop_path.p for block in vit.blocks]
+    assert rates == pytest.approx([0.5 * i / 11 for i in range(12)])
+    torch.manual_seed(0)
+    block, x = vit.blocks[-1], torch.randn(1, 5, 192).expand(4000, 5, 192)
+    block.mlp.fc2.weight.data.zero_()  # leaves the attention's branch alone
+    with torch.no_grad():
+        whole, parts = block.eval()(x)[0] - x[0], block.train()(x) - x
+    kept = parts.flatten(1).abs().amax(1) > 1e-6
+    assert abs(kept.float().mean() - 0.5) < 0.03  # four standard errors
+    torch.testing.assert_close(parts[kept][0], 2 * whole, atol=1e-5, rtol=1e-4)
+
+
+def test_randaugment_is_drawn_as_timm_writes_it():
+    """"9 / 0.5": half of all operations are applied, their magnitudes are N(9, 0.5) cut to 10, and
+    the same seed gives the same picture."""
+    augment = finetune.RandAugment(9, 0.5, 0.5)
+    seen = []
+    augment.forward = lambda image: seen.append(augment.magnitude / 100) or image
+    picture, rng = Image.new("RGB", (8, 8)), np.random.default_rng(0)
+    for _ in range(1000):
+        augment.augment(picture, rng)
+    assert abs(len(seen) / 2000 - 0.5) < 0.05 and max(seen) == 10
+    assert abs(np.median(seen) - 9) < 0.06 and abs(np.quantile(seen, 0.16) - 8.5) < 0.1
+    scene, augment = crop.Shapes("train").open(0), finetune.RandAugment(9, 0.5, 1.0)
+    once, again, other = (np.asarray(augment.augment(scene, np.random.default_rng(s)))
+                          for s in (4, 4, 5))
+    assert np.array_equal(once, again) and not np.array_equal(once, other)
+
+
+def test_the_centre_crop_equals_torchvisions():
+    """Test images: the shorter side to size / 0.95, then the middle, as torchvision's Resize and
+    CenterCrop in two steps, to a level or two of rounding."""
+    rng = np.random.default_rng(0)
+    small = Image.fromarray(rng.integers(0, 256, (9, 12, 3), dtype=np.uint8))
+    image = small.resize((450, 300), Image.BICUBIC)
+    got = crop.cut_centre(image, None, 190, 0.95).float()
+    whole = TF.center_crop(TF.resize(image, 200, TF.InterpolationMode.BICUBIC), 190)
+    assert (got - torch.from_numpy(np.array(whole)).permute(2, 0, 1).float()).abs().max() <= 2
+
+
+def test_accuracy_counts_each_image_once(classes3, tmp_path):
+    """21 images in batches of 4, over one process or three: top-1 and top-5 are those of a plain
+    loop, and one unreadable image is left out."""
+    source = crop.Folder(str(classes3 / "val"))
+    torch.manual_seed(0)
+    net = model.Classifier("vit_d8", 3).eval()
+    nn.init.normal_(net.head.weight)
+    labels, expected = torch.tensor(source.labels), []
+    for i in range(21):
+        x = crop.normalize(crop.cut_centre(source.open(i), None, 32)[None].float() / 255)
+        expected.append(net(x).argmax().item() == source.labels[i])
+    sums = np.zeros(2)
+    for rank in range(3):
+        machine = pretrain.Machine(torch.device("cpu"), rank, 3, "float32", False)
+        machine.sum = machine.share_buffers = lambda *_: None
+        images = finetune.Images(source, list(range(21)), 32, 0.95, 0, machine, batch=4)
+        score = finetune.accuracy(net, images, labels, machine)
+        sums += [score["top1"] * score["n"] / 100, score["n"]]
+    assert sums.tolist() == pytest.approx([sum(expected), 21])
+    shutil.copytree(classes3, tmp_path / "x")
+    (tmp_path / "x" / "val" / "bee" / "003.jpg").write_text("nothing")
+    source = crop.Folder(str(tmp_path / "x" / "val"))
+    machine = pretrain.Machine(torch.device("cpu"), 0, 1, "float32", False)
+    images = finetune.Images(source, list(range(21)), 32, 0.95, 0, machine)
+    score = finetune.accuracy(net, images, labels, machine)
+    rest = [hit for i, hit in enumerate(expected) if i != 10]
+    assert score["n"] == 20 and score["top1"] == pytest.approx(100 * np.mean(rest))
+
+
+def test_knn_equals_a_brute_force_loop():
+    """Weighted k-NN: the k most similar of the bank vote with exp(cosine / 0.07)."""
+    bank, queries = F.normalize(rand(50, 6, seed=1) - 0.5), F.normalize(rand(20, 6, seed=2) - 0.5)
+    labels = torch.randint(0, 4, (50,), generator=torch.Generator().manual_seed(0))
+    for k in (1, 7, 80):
+        got = evaluate.vote(queries.float(), bank.float(), labels, 4, k, 0.07)
+        for q, chosen in zip(queries, got):
+            votes = [0.0] * 4
+            for cosine, j in sorted(((float(q @ b), j) for j, b in enumerate(bank)))[::-1][:k]:
+                votes[labels[j]] += math.exp(cosine / 0.07)
+            assert votes[chosen] == max(votes)
+
+
+def published(kind):
+    """(a state dict by published names, the encoder it belongs to, flags), as found in the wild."""
+    torch.manual_seed(1)
+    vit, cnn = model.build_encoder("vit_t16").state_dict(), torchvision.models.resnet50(num_classes=7)
+    target = {k: v + 1 for k, v in vit.items()}
+    released = vit | {f"{a}_c.{b}": v for k, v in target.items() if "." in k
+                      for a, b in [k.split(".", 1)]} | {"decoder_embed.weight": torch.zeros(2)}
+    side = {f"{s}.{k}": v for s, w in (("online", vit), ("target", target)) for k, v in w.items()}
+    big = torch.randn(1, 1 + 24 * 24, 192)
+    return {"timm": (vit | {"head.weight": torch.zeros(5, 192)}, vit), "big": (
+                vit | {"pos_embed": big}, {k: v for k, v in vit.items() if k != "pos_embed"}),
+            "torchvision": (cnn.state_dict(), {k: v for k, v in cnn.state_dict().items()
+                                               if not k.startswith("fc.")}),
+            "checkpoint": (dict(model=side, step=3), vit),
+            "released": (dict(model=released, args=argparse.Namespace(lr=1), epoch=3), vit),
+            "checkpoint, target": (dict(model=side), target),
+            "released, target": (dict(model=released), target | {"cls_token": vit["cls_token"],
+                                                                 "pos_embed": vit["pos_embed"]}),
+            }[kind]
+
+
+@pytest.mark.parametrize("kind", ["timm", "big", "torchvision", "checkpoint", "released",
+                                  "checkpoint, target", "released, target"])
+def test_published_weights_load_whole(kind, tmp_path):
+    """timm's, torchvision's, our checkpoints' and the released files: every weight of the encoder
+    is the file's, only the head (and a ViT's norm after the pooling) is new, tables are resized."""
+    saved, expected = published(kind)
+    torch.save(saved, tmp_path / "x.pt")
+    name, state, _ = finetune.read_weights(str(tmp_path / "x.pt"), "target" in kind)
+    net = model.Classifier(name, 3)
+    said = finetune.load_weights(net, state, "x.pt")
+    new = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"} if name != "resnet50" else {
+        "fc.weight", "fc.bias"}
+    assert set(re.search("new: (.*?);", said)[1].split(", ")) == new
+    got = net.state_dict()
+    for key, value in expected.items():
+        if not key.startswith("norm."):
+            assert torch.equal(got["encoder." + key], value), key
+    if kind == "big":
+        grid = saved["pos_embed"][:, 1:].unflatten(1, (24, 24)).permute(0, 3, 1, 2)
+        small = F.interpolate(grid, size=(14, 14), mode="bicubic").flatten(2).mT
+        torch.testing.assert_close(got["encoder.pos_embed"][:, 1:], small)
+
+
+@pytest.mark.parametrize("change, words", [
+    (lambda s: s.pop("blocks.3.mlp.fc1.bias"), "lacks blocks.3.mlp.fc1.bias; nothing was loaded"),
+    (lambda s: s.update(extra=torch.zeros(1)), "has the unknown extra; nothing was loaded"),
+    (lambda s: s.update({"blocks.0.norm1.bias": torch.zeros(7)}), "has shape [7] instead of [192]"),
+    (lambda s: s.update(cls_token=torch.zeros(1, 1, 100)), "a ViT of width 100, depth 12"),
+    (lambda s: s.pop("cls_token"), "holds no encoder known here"),
+    (lambda s: s.update(blocks=Fraction(1, 3)), "is not a file of weights"),
+    (lambda s: s.update(blocks=3), "is not a state dict"),
+])
+def test_other_weights_are_refused_whole(change, words, tmp_path):
+    """A missing key, a surplus one, another shape or size, code: one sentence, nothing loaded."""
+    state = model.build_encoder("vit_t16").state_dict()
+    change(state)
+    torch.save(dict(state), tmp_path / "x.pt")
+    with pytest.raises(InputError, match=re.escape(words)):
+        name, state, _ = finetune.read_weights(str(tmp_path / "x.pt"))
+        finetune.load_weights(model.Classifier(name, 3), state, "x.pt")
+
+
+def test_published_models_read_our_weights(classes3, tmp_path):
+    """model.pt's weights in torchvision's resnet50, and in timm's ViT where timm is installed, give
+    the logits of ours."""
+    tune(tmp_path, classes3, "--model=resnet50", "--max_steps=1", "--batch_size=4")
+    theirs = torchvision.models.resnet50(num_classes=3).eval()
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    theirs.load_state_dict(saved["weights"])
+    cfg = pretrain.parse_config(evaluate.Config, {}, [f"--ckpt={tmp_path / 'model.pt'}"])
+    machine = pretrain.Machine(torch.device("cpu"), 0, 1, "float32", False)
+    ours, names, size = evaluate.load_model(cfg, machine)
+    x = torch.randn(2, 3, 64, 64)
+    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
+    assert saved["classes"] == names == ["ant", "bee", "cat"] and size == 32
+    timm = pytest.importorskip("timm")
+    ours = model.Classifier("vit_s16", 3).eval()
+    nn.init.normal_(ours.head.weight)
+    theirs = timm.create_model("vit_small_patch16_224", num_classes=3, global_pool="avg").eval()
+    theirs.load_state_dict({ours.names()[k]: v for k, v in ours.state_dict().items()})
+    x = torch.randn(1, 3, 224, 224)
+    torch.testing.assert_close(ours(x), theirs(x), atol=1e-4, rtol=1e-4)
+
+
+def test_a_step_of_fine_tuning_equals_the_recipe_written_out(classes3, tmp_path):
+    """Two micro-batches, smoothed CutMix, layer decay, weight decay and clipping by hand give the
+    same weights; the frozen position table stays, everything else moves."""
+    tune(tmp_path, classes3, "--max_steps=1", "--micro_batch=4", "--cutmix=1", "--smoothing=0.1",
+         "--clip=0.5", "--lr=0.01", "--lr_batch=16", "--warmup_epochs=0", "--weight_decay=0.3",
+         "--layer_decay=0.5", "--randaugment_p=1", "--scale=0.3,0.9")
+    torch.manual_seed(0)
+    net = model.Classifier("vit_d8", 3)
+    cut = partial(crop.cut_context, size=32, scale=(0.3, 0.9),
+                  augment=finetune.RandAugment(9, 0.5, 1).augment)
+    source = crop.Folder(str(classes3 / "train"))
+    samples, mix = crop.Samples(source, list(range(24)), 0, cut), v2.CutMix(num_classes=3)
+    order = np.random.default_rng((0, 2, 0)).permutation(24)[:8].tolist()
+    for k in range(2):
+        (images, numbers), _ = crop.collate([samples[0, i] for i in order[4 * k:4 * k + 4]])
+        torch.manual_seed(int(np.random.SeedSequence((0, 7, 0, k, 0)).generate_state(1, "u8")[0]))
+        torch.multinomial(torch.ones(1), 1)  # RandomChoice among one
+        x, y = mix(crop.normalize(images.float() / 255), torch.tensor(source.labels)[numbers])
+        (F.cross_entropy(net(x), y, label_smoothing=0.1) / 2).backward()
+    torch.nn.utils.clip_grad_norm_(net.parameters(), 0.5)
+    rates = {"encoder.blocks.0": 0.25, "encoder.blocks.1": 0.5, "encoder": 0.125, "": 1}
+    for name, p in net.named_parameters():
+        if p.requires_grad:
+            rate = 0.005 * next(r for start, r in rates.items() if name.startswith(start))
+            decay = 0.3 if name.endswith("weight") and p.ndim > 1 else 0
+            torch.optim.AdamW([p], lr=rate, weight_decay=decay, fused=True).step()
+    got = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
+    for key, value in net.state_dict().items():
+        torch.testing.assert_close(got[key], value, atol=1e-6, rtol=1e-5)
+
+
+def test_a_linear_probe_trains_the_head_alone(classes3, tmp_path):
+    """--recipe=linear: encoder and its BatchNorm statistics stay, features are normalised without
+    parameters, and only the linear layer learns."""
+    flags = ["--recipe=linear", f"--data={classes3}", "--init=scratch", "--device=cpu",
+             "--dtype=float32", "--workers=0", "--batch_size=8", "--image_size=32",
+             "--test_size=32", "--model=resnet50", "--max_steps=2"]
+    finetune.main([*flags, f"--out={tmp_path}"])
+    torch.manual_seed(0)
+    before = model.Classifier("resnet50", 3, probe=True).state_dict()
+    after = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
+    moved = {k for k in before if not torch.equal(before[k], after[k])}
+    assert moved == {"head.weight", "head.bias", "fc_norm.running_mean", "fc_norm.running_var",
+                     "fc_norm.num_batches_tracked"}
+
+
+def test_fine_tuning_goes_on_bit_for_bit(classes3, tmp_path):
+    """Two steps and two resumed ones equal four, with everything random on; another recipe on the
+    same folder is an error that names what differs."""
+    flags = ["--mixup=0.8", "--cutmix=1", "--drop_path=0.5", "--randaugment_p=0.5",
+             "--erasing=0.5", "--repeats=3"]
+    whole = tune(tmp_path / "a", classes3, *flags, "--max_steps=4")
+    tune(tmp_path / "b", classes3, *flags, "--max_steps=2")
+    parts = tune(tmp_path / "b", classes3, *flags, "--max_steps=4", "--workers=1")
+    assert [r["loss"] for r in whole] == [r["loss"] for r in parts]
+    a, b = (torch.load(tmp_path / x / "model.pt", weights_only=True)["weights"] for x in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(InputError, match=r"differs in mixup \(0.8 there, 0.0 here\)"):
+        tune(tmp_path / "b", classes3, *flags, "--mixup=0")
+
+
+def test_pretrain_finetune_evaluate_as_commands(classes3, tmp_path):
+    """The three scripts one after the other on a folder of generated images; two processes give
+    the accuracy of one; another class count gives the head another size; online and target, and an
+    untrained encoder, are scored by k-NN."""
+    def run(*words):
+        result = command(*words)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.splitlines()[-1]
+
+    pre, fine = tmp_path / "pre", tmp_path / "fine"
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    data = [f"--data={classes3}", "--device=cpu", "--dtype=float32", "--workers=0"]
+    run("pretrain.py", *TINY, f"--data={classes3}", "--max_steps=2", f"--out={pre}")
+    run(*torchrun, "finetune.py", *SMALL, *data, f"--init={pre / 'encoder.pt'}", f"--out={fine}",
+        "--max_steps=4", "--micro_batch=2")
+    scores = [json.loads(run(*words, "evaluate.py", "--bench=top1", *data,
+                             f"--ckpt={fine / 'model.pt'}")) for words in ([], torchrun)]
+    last = json.loads(open(fine / "log.jsonl").readlines()[-1])
+    for score in scores:
+        assert score["n"] == 21 and score["top1"] == pytest.approx(last["top1"], abs=1e-3)
+    tune(tmp_path / "eight", "shapes", f"--init={fine / 'model.pt'}", "--max_steps=1")
+    saved = torch.load(tmp_path / "eight" / "model.pt", weights_only=True)
+    assert saved["weights"]["head.weight"].shape == (8, 64) and saved["classes"][0] == "circle"
+    knn = ["evaluate.py", "--bench=knn", "--size=32", *data]
+    found = [json.loads(run(*words)) for words in (
+        [*knn, f"--ckpt={pre / 'encoder.pt'}"], [*torchrun, *knn, f"--ckpt={pre / 'ckpt.pt'}"],
+        [*knn, f"--ckpt={pre / 'ckpt.pt'}", "--use_target"],
+        [*knn, "--ckpt=scratch", "--model=vit_d8", f"--out={tmp_path / 's'}"])]
+    assert found[0]["knn"] == found[1]["knn"] and all(f["bank"] == 24 for f in found)
+    assert (pre / "knn.json").exists() and (pre / "knn_target.json").exists()
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--recipe=vit_l"], "choose one of vit_b, vit_s, resnet50_100"),
+    (["--init=/no/file"], "no file '/no/file': --init takes"),
+    (["--init=README.md"], "is not a file of weights"),
+    (["--recipe=linear"], "--init=scratch needs --model"),
+    (["--model=resnet50", "--drop_path=0.1"], "no stochastic depth"),
+    (["--image_size=30"], "no whole patches of 8"),
+    (["--randaugment=11"], "0 to 10"),
+    (["--scale=0,1"], "0 < low <= high"),
+    (["--drop_path=1"], "below 1"),
+    (["--use_target", "--init={tmp}/vit.pt"], "holds no target"),
+    (["--init={tmp}/vit.pt", "--model=vit_d8"], "holds vit_t16, not vit_d8"),
+    (["--recipe=resnet50_100", "--init={tmp}/vit.pt"], "take --recipe=vit_b, or insist"),
+    (["--data={tmp}/loose"], "has 0 class folders"),
+    (["--data={tmp}/odd"], "1 classes that the 2 known ones lack: dog"),
+])
+def test_fine_tuning_that_cannot_work_is_named(flags, words, tmp_path, classes3):
+    """Each impossible value, file or folder is one clear sentence, before any work."""
+    torch.save(model.build_encoder("vit_t16").state_dict(), tmp_path / "vit.pt")
+    save_images(tmp_path / "loose", 5)
+    for place in ("train/ant", "train/bee", "val/ant", "val/dog"):
+        save_images(tmp_path / "odd" / place, 2)
+    with pytest.raises(InputError, match=re.escape(words)):
+        tune(tmp_path / "x", classes3, *(flag.format(tmp=tmp_path) for flag in flags))
+    assert not (tmp_path / "x").exists()
+
+
+# --------------------------------------------------------------------- 7. files and bad input
 
 @pytest.mark.parametrize("flags, words", [
     (["--batchsize=4"], "unknown flag --batchsize; did you mean --batch_size"),
