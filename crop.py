@@ -361,7 +361,7 @@ def bad_images_allowed(count):
 
 
 def collate(samples):
-    """Samples -> ((uint8 [B, 3, m, m], numbers j [B]), or None without a readable one; failures)."""
+    """Samples -> ((uint8 [B, 3, m, m], numbers j [B]) or None if none is readable, failures)."""
     failures = [f for _, fs in samples for f in fs]
     items = [item for item, _ in samples if item is not None]
     return (torch.utils.data.default_collate(items) if items else None), failures

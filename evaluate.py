@@ -22,7 +22,7 @@ import crop
 from crop import InputError
 from finetune import Images, accuracy, labelled_data, load_weights, match_labels, read_weights
 from model import ENCODERS, Classifier
-from pretrain import check_values, parse_config, run, save_file, setup_machine
+from pretrain import check_values, make_folder, parse_config, run, save_file, setup_machine
 
 
 # ------------------------------------------------------------------------------------ 1. Config
@@ -69,10 +69,12 @@ def load_model(cfg, machine):
     else:
         name, state, saved = read_weights(cfg.ckpt, cfg.use_target)
         if cfg.model not in ("auto", name):
-            raise InputError(f"{cfg.ckpt!r} holds {name}, not {cfg.model}; leave --model away")
+            raise InputError(f"{cfg.ckpt!r} holds {name}, not {cfg.model}; leave out --model")
+        probe = True
         if "classes" in saved:
             classes, size = saved["classes"], saved["config"]["test_size"]
-        model = Classifier(name, len(classes or "1"), probe=not classes or saved["config"]["frozen"])
+            probe = saved["config"]["frozen"]
+        model = Classifier(name, len(classes or "1"), probe=probe)
         load_weights(model, state, cfg.ckpt, head=classes is not None)
     return model.to(machine.device).eval(), classes, cfg.size or size
 
@@ -160,13 +162,10 @@ def main(argv=None):
     seconds = time.perf_counter() - began
     scores = {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
     report = dict(bench=cfg.bench, **scores, seconds=round(seconds, 2),
-                  images_per_s=round(result["n"] / seconds, 2), ckpt=cfg.ckpt, data=cfg.data,
+                  images_per_s=round((result["n"] + result.get("bank", 0)) / seconds, 2), ckpt=cfg.ckpt, data=cfg.data,
                   use_target=cfg.use_target, processes=machine.world, dtype=machine.dtype)
     out = cfg.out or (os.path.dirname(cfg.ckpt) if cfg.ckpt != "scratch" else "out/scratch")
-    try:
-        os.makedirs(out or ".", exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {out!r}: {error.strerror}") from error
+    make_folder(out)
     text = json.dumps(report)
     for name, value in scores.items():
         print(f"{name:>6}  {value:.2f}%" if isinstance(value, float) else f"{name:>6}  {value}")

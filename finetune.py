@@ -1,8 +1,8 @@
 """finetune.py: what a pre-trained encoder is worth, by fine-tuning it (Tables 5, 6, 10 and 11).
 
-    python finetune.py --recipe=demo                        a laptop, after pretrain.py --preset=demo
-    python finetune.py --recipe=linear --init=ENCODER       a linear probe of frozen features
-    torchrun --nproc_per_node=8 finetune.py --init=out/pretrain/encoder.pt        Table 10, ViT-B/16
+    python finetune.py --recipe=demo                       a laptop, after pretrain.py's demo
+    python finetune.py --recipe=linear --init=ENCODER      a linear probe of frozen features
+    torchrun --nproc_per_node=8 finetune.py --init=out/pretrain/encoder.pt       Table 10, ViT-B/16
 
 In the order in which things happen:
 
@@ -23,6 +23,8 @@ import dataclasses
 import math
 import os
 import re
+import sys
+import time
 from dataclasses import dataclass
 from functools import partial
 
@@ -36,7 +38,7 @@ from crop import InputError
 from model import ENCODERS, Classifier, resize_positions
 from pretrain import (BadImages, Journal, accelerate, bench_report, check_values, count_gflop, due,
                       learning_rate, load_checkpoint, make_loader, make_plan, micro_batches,
-                      parameter_groups, parse_config, plain, resume, run, save_file,
+                      parameter_groups, parse_config, plain, plain_time, resume, run, save_file,
                       set_learning_rate, setup_machine)
 
 
@@ -122,8 +124,8 @@ RECIPES = {
                    epochs=90, warmup_epochs=10.0, weight_decay=0.0, drop_path=0.0,
                    layer_decay=1.0, out="out/linear"),
     "demo": dict(PLAIN, data="shapes", init="out/demo/encoder.pt", out="out/demo_finetune",
-                 image_size=64, test_size=64, scale=(0.8, 1.0), drop_path=0.0, epochs=30,
-                 warmup_epochs=1.0, batch_size=64, lr=2e-3, lr_batch=64, log_every=75,
+                 image_size=64, test_size=64, scale=(0.8, 1.0), drop_path=0.0, epochs=20,
+                 warmup_epochs=1.0, batch_size=64, lr=2e-3, lr_batch=64, workers=0, log_every=75,
                  eval_epochs=5),
 }
 SCRATCH = {"vit_b": "vit_b16", "vit_s": "vit_s16", "resnet50_100": "resnet50",
@@ -230,7 +232,7 @@ def read_weights(path, use_target=False):
             state = state[entry]
     if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
         raise InputError(f"{path!r} is not a state dict, nor a checkpoint with one")
-    state = {k.removeprefix("module."): v for k, v in state.items()}
+    state = {k.removeprefix("module.").removeprefix("encoder."): v for k, v in state.items()}
     ours, released = ([k for k in state if k.startswith(p)] for p in ("target.", "blocks_c."))
     if use_target and not ours and not released:
         raise InputError(f"{path!r} holds no target: --use_target takes a pre-training checkpoint")
@@ -311,7 +313,7 @@ def choose_encoder(cfg, found):
     if name is None:
         raise InputError(f"--recipe={cfg.recipe} --init=scratch needs --model")
     if found and name != found:
-        raise InputError(f"{cfg.init!r} holds {found}, not {name}; leave --model away")
+        raise InputError(f"{cfg.init!r} holds {found}, not {name}; leave out --model")
     others = "resnet50_100" if name == "resnet50" else "vit_b"
     if cfg.model == "auto" and usual and (usual == "resnet50") != (name == "resnet50"):
         raise InputError(f"--recipe={cfg.recipe} is not for {name}, which {cfg.init!r} holds: take "
@@ -349,14 +351,16 @@ def layer_scale(name, depth, decay):
     return decay ** (depth + 1 - layer)
 
 
+def build_model(cfg, classes):
+    """The classifier of a config, freshly initialised."""
+    return Classifier(cfg.model, classes, cfg.drop_path, probe=cfg.frozen)
+
+
 def build(cfg, classes, machine):
-    """The classifier, seeded, and its optimiser."""
+    """The classifier, seeded, on the device, and its optimiser."""
     torch.manual_seed(cfg.seed)
-    model = Classifier(cfg.model, classes, cfg.drop_path, probe=cfg.frozen).to(machine.device)
-    model.encoder.requires_grad_(not cfg.frozen)
+    model = build_model(cfg, classes).to(machine.device)
     depth = 4 if cfg.model == "resnet50" else len(model.encoder.blocks)
-    if depth != 4:
-        model.encoder.pos_embed.requires_grad_(False)
     groups = parameter_groups(model, cfg.weight_decay,
                               partial(layer_scale, depth=depth, decay=cfg.layer_decay))
     if cfg.optimizer == "sgd":
@@ -367,12 +371,8 @@ def build(cfg, classes, machine):
 
 def gflop_per_image(cfg, classes):
     """GFLOP of a training step for one image."""
-    def loss_of_two():
-        model = Classifier(cfg.model, classes, cfg.drop_path, probe=cfg.frozen)
-        model.encoder.requires_grad_(not cfg.frozen)
-        return model(torch.empty(2, 3, cfg.image_size, cfg.image_size)).sum()
-
-    return count_gflop(loss_of_two)
+    shape = (2, 3, cfg.image_size, cfg.image_size)
+    return count_gflop(lambda: build_model(cfg, classes)(torch.empty(shape)).sum())
 
 
 # ---------------------------------------------------------------------------------- 5. accuracy
@@ -391,10 +391,17 @@ class Images:
                                   batches[machine.rank::machine.world], workers, machine)
 
     def __iter__(self):
-        for batch, failures in self.loader:
-            if self.bad.check(batch, failures):
+        began = told = time.perf_counter()
+        for done, sample in enumerate(self.loader, 1):
+            batch = self.bad.check(*sample)
+            if batch:
                 images, numbers = batch
                 yield crop.normalize(self.machine.send(images).float() / 255), numbers
+            now = time.perf_counter()
+            if now - told > 10 and self.machine.rank == 0:
+                left = plain_time((now - began) * (len(self.loader) / done - 1))
+                print(f"  {done} of {len(self.loader)} batches, {left} left", file=sys.stderr)
+                told = now
 
 
 def accuracy(model, images, labels, machine):
@@ -412,6 +419,7 @@ def accuracy(model, images, labels, machine):
             hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
             loss = F.cross_entropy(logits.float(), y, reduction="sum")
             sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, loss.new_tensor(len(y))])
+    model.train()
     machine.sum(sums)
     top1, top5, loss, n = sums.tolist()
     return dict(top1=100 * top1 / n, top5=100 * top5 / n, val_loss=loss / n, n=int(n))
@@ -434,17 +442,17 @@ def main(argv=None):
         (train, rows), (val, val_rows), sentence = labelled_data(cfg)
     checkpoint, final = (os.path.join(cfg.out, name) for name in ("ckpt.pt", "model.pt"))
     saved, start, classes = None if cfg.bench else load_checkpoint(checkpoint), 0, train.classes
-    if saved:  # the weights are in the checkpoint, and the encoder's name
-        found = saved["config"]["model"] if cfg.model == "auto" else None
-    else:
-        found, weights, _ = (None, None, None) if cfg.init == "scratch" else read_weights(
-            cfg.init, cfg.use_target)
+    found = weights = None
+    if saved and cfg.model == "auto":  # the weights are in it
+        found = saved["config"]["model"]
+    elif not saved and cfg.init != "scratch":
+        found, weights, _ = read_weights(cfg.init, cfg.use_target)
     cfg = dataclasses.replace(cfg, model=choose_encoder(cfg, found))
     plan = make_plan(cfg, machine, len(rows))
     model, optimizer = build(cfg, len(classes), machine)
+    loaded = load_weights(model, weights, cfg.init) if weights else cfg.init
     if saved:
         start = resume(saved, checkpoint, cfg, machine, plan, model, optimizer)
-    loaded = load_weights(model, weights, cfg.init) if not saved and weights else cfg.init
     if start >= plan.stop:
         if machine.rank == 0:
             if not os.path.exists(final):
@@ -466,9 +474,8 @@ def main(argv=None):
     wrapped = accelerate(model, machine)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
+    model.train()
     for step in range(start, plan.stop):
-        model.train()
-        model.encoder.train(not cfg.frozen)
         lr = learning_rate(step, plan.total, plan.peak, plan.warmup)
         set_learning_rate(optimizer, lr)
         loss = 0
@@ -495,8 +502,8 @@ def main(argv=None):
         logs, saves = journal.due(done, lr, grad_norm, looks)
         if logs:
             row = journal.row(done, loss, lr, grad_norm=grad_norm.item())
-            scores = dict.fromkeys(("top1", "top5", "val_loss", "n"))
-            journal.add(row | (accuracy(model, val_images, val_labels, machine) if looks else scores))
+            journal.add(row | (accuracy(model, val_images, val_labels, machine) if looks else
+                               dict.fromkeys(("top1", "top5", "val_loss", "n"))))
         if saves:
             journal.save(done, model, optimizer)
 

@@ -335,21 +335,28 @@ class Classifier(nn.Module):
     """Images [B, 3, h, w] -> logits [B, classes]: encoder, global average pooling, norm, linear.
 
     A ViT is normalised after the pooling of its patch tokens instead of before (Table 10, as MAE);
-    a ResNet-50 has its own BatchNorms. probe: the linear probe's features, which are the encoder's
-    own, pooled, then a BatchNorm without parameters.
+    a ResNet-50 has its own BatchNorms. probe: the encoder is frozen and as it was pre-trained, and
+    a BatchNorm without parameters follows the pooling.
     """
 
     def __init__(self, encoder, classes, drop_path=0.0, probe=False):
         super().__init__()
+        self.probe = probe
         self.encoder, self.fc_norm = build_encoder(encoder, drop_path), nn.Identity()
         width = self.encoder.width
         if probe:
+            self.encoder.requires_grad_(False)
             self.fc_norm = nn.BatchNorm1d(width, eps=1e-6, affine=False)
         elif isinstance(self.encoder, ViT):
             self.encoder.norm, self.fc_norm = nn.Identity(), nn.LayerNorm(width, eps=1e-6)
         self.head = nn.Linear(width, classes)
         nn.init.trunc_normal_(self.head.weight, std=2e-5)
         nn.init.zeros_(self.head.bias)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.encoder.train(mode and not self.probe)  # a frozen BatchNorm keeps its statistics
+        return self
 
     def features(self, images):
         """What the head sees: [B, width]."""

@@ -137,8 +137,9 @@ FREE = ("out", "micro_batch", "device", "compile", "workers", "log_every", "eval
 POSITIVE = ("context_size", "exemplar_size", "exemplars", "decoder_width", "decoder_depth",
             "epochs", "batch_size", "lr", "lr_batch", "log_every", "image_size", "test_size",
             "test_crop", "repeats", "eval_epochs", "layer_decay", "k", "temperature")
-FRACTIONS = ("flip", "jitter", "gray", "blur", "solarize", "tau", "erasing", "smoothing",
-             "drop_path", "test_crop", "randaugment_p", "bce_threshold")
+BOUNDS = {("flip", "jitter", "gray", "blur", "solarize", "tau", "erasing", "test_crop",
+           "randaugment_p"): "at most 1",
+          ("beta1", "beta2", "drop_path", "smoothing", "bce_threshold"): "below 1"}
 
 
 def check_values(cfg, **choices):
@@ -152,12 +153,11 @@ def check_values(cfg, **choices):
         if not isinstance(value, (int, float)) or f.name == "workers":
             continue
         if not math.isfinite(value) or value < 0 or (value == 0 and f.name in POSITIVE):
-            raise InputError(f"{name} {value} must be {'above 0' if f.name in POSITIVE else '0 or more'}")
-        if f.name in FRACTIONS and value > 1:
-            raise InputError(f"{name} {value} must be at most 1")
-        if f.name in ("beta1", "beta2", "drop_path", "smoothing") and value == 1 or (
-                f.name.startswith("beta") and value > 1):
-            raise InputError(f"{name} {value} must be below 1")
+            bound = "above 0" if f.name in POSITIVE else "0 or more"
+            raise InputError(f"{name} {value} must be {bound}")
+        for below, bound in BOUNDS.items():
+            if f.name in below and (value > 1 or value == 1 and bound == "below 1"):
+                raise InputError(f"{name} {value} must be {bound}")
         if f.name == "seed" and value >= 2**63:
             raise InputError(f"{name} {value} must be below 2**63")
 
@@ -533,6 +533,14 @@ def save_file(path, write):
                          "last checkpoint, if there is one") from error
 
 
+def make_folder(path):
+    """Make a folder and those above it."""
+    try:
+        os.makedirs(path or ".", exist_ok=True)
+    except OSError as error:
+        raise InputError(f"cannot make the folder {path!r}: {error.strerror}") from error
+
+
 def load_checkpoint(path):
     """Read a checkpoint: tensors and plain types only, no pickled code is run. None: no file.
 
@@ -607,17 +615,14 @@ class Journal:
         self.saved_at = time.perf_counter()
         self.broken = torch.tensor(sys.maxsize, device=machine.device)  # first step not finite
         self.peak = peak_tflops(machine)
-        self.gflop = gflop_per_image(cfg) if self.peak or cfg.bench else 0
+        self.gflop = gflop_per_image() if self.peak or cfg.bench else 0
         with machine.first():
             if machine.rank == 0:
                 self.open()
 
     def open(self):
         """Make the folder, write config.json, and keep the log's rows up to `start`."""
-        try:
-            os.makedirs(self.cfg.out, exist_ok=True)
-        except OSError as error:
-            raise InputError(f"cannot make the folder {self.cfg.out!r}: {error.strerror}") from error
+        make_folder(self.cfg.out)
         if self.cfg.bench:
             return
         config, kept = json.dumps(plain(self.cfg), indent=1), ""
@@ -659,9 +664,9 @@ class Journal:
             0 < 60 * cfg.save_minutes < time.perf_counter() - self.saved_at)
         if (logs or saves) and int(self.broken) <= done:
             good = f"{self.checkpoint!r} of step {self.saved}" if self.saved else "none"
-            raise InputError(f"loss or gradient not finite at step {int(self.broken)}, lr {lr:.3g}; "
-                             f"the last good checkpoint is {good}. Try a lower --lr and another "
-                             "--out")
+            raise InputError(f"loss or gradient not finite at step {int(self.broken)}, lr "
+                             f"{lr:.3g}; the last good checkpoint is {good}. Try a lower --lr and "
+                             "another --out")
         return logs, saves
 
     def row(self, done, loss, lr, **more):
@@ -876,7 +881,7 @@ def main(argv=None):
                 save_encoder(encoder, cim)
             print(f"finished: {start} of {plan.stop} steps are done; the encoder is {encoder}")
         return
-    journal = Journal(cfg, machine, plan, start, gflop_per_image)
+    journal = Journal(cfg, machine, plan, start, functools.partial(gflop_per_image, cfg))
     if machine.rank == 0:
         print(plan.describe(cfg, machine, sentence, start,
                             f"contexts, each with {cfg.exemplars} exemplars"), flush=True)

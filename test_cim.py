@@ -163,23 +163,6 @@ def test_the_map_covers_exactly_the_box_that_was_cut(scale, ratio, rotation):
     assert (maps.bool() == expected)[clear].all()
 
 
-def test_an_exemplar_pasted_back_lands_on_its_map():
-    """Warping an exemplar by the inverse matrix covers its map's pixels with the context again."""
-    m, n = 64, 64
-    waves = torch.stack([torch.sin(torch.linspace(0, k, m))[:, None] * torch.cos(
-        torch.linspace(1, k + 2, m)) for k in (3, 4, 5)])[None].double()
-    theta = crop.affine_from_boxes(crop.sample_boxes(rand(1, 6, 6), scale=(0.1, 1)))
-    exemplars = crop.crop_exemplars(waves, theta, n)[0]
-    maps = crop.rasterize_maps(theta, m)[0]
-    full = torch.cat([theta[0], torch.tensor([0, 0, 1.0]).double().expand(6, 1, 3)], 1)
-    grid = F.affine_grid(full.inverse()[:, :2], [6, 3, m, m], align_corners=False)
-    back = F.grid_sample(exemplars, grid, "bilinear", "border", align_corners=False)
-    inside = maps[:, None].bool().expand_as(back)
-    assert (back - waves)[inside].abs().max() < 0.05  # a slope of 7 times half a 64th
-    white = F.grid_sample(torch.ones_like(exemplars), grid, "nearest", "zeros", align_corners=False)
-    assert ((white[:, 0] > 0) == maps.bool()).all()
-
-
 @pytest.mark.parametrize("m, n", [(160, 64), (64, 32)])
 def test_shrinking_a_large_box_does_not_alias(m, n):
     """Large turned boxes of white noise, the worst picture for aliasing, come within 8% (of the
@@ -525,7 +508,7 @@ def test_exemplars_do_not_see_each_other(depth):
     assert (logits[:, 0] - logits[:, 1]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("encoder", list(model.ENCODERS))
+@pytest.mark.parametrize("encoder", ["vit_d8", "vit_s16", "resnet50"])
 def test_the_first_loss_is_ln_2(encoder):
     """Design 3: an untrained model says 0.5 everywhere, so its loss is ln 2 within 2%."""
     cim, context, exemplars, maps = tiny_cim(encoder, width=512 if encoder != "vit_d8" else 32)
@@ -645,52 +628,6 @@ def test_learning_rate_and_tau_at_their_hinges():
     assert tau[0] == 0.99 and tau[50] == pytest.approx(0.995) and tau[100] == 1.0
 
 
-def test_weight_decay_spares_biases_norms_and_the_cls_token():
-    """Design 3: only matrices and kernels decay; frozen tables are in no group."""
-    cim, *_ = tiny_cim()
-    groups = pretrain.parameter_groups(cim, 0.05)
-    decay, still = sorted(groups, key=lambda group: -group["weight_decay"])
-    assert decay["weight_decay"] == 0.05 and still["weight_decay"] == 0
-    names = {id(p): n for n, p in cim.named_parameters()}
-    assert all(names[id(p)].endswith(".weight") for p in decay["params"])
-    spared = {names[id(p)] for p in still["params"]}
-    assert "online.cls_token" in spared and "online.norm.weight" in spared
-    assert all(n.endswith(("bias", "cls_token")) or "norm" in n for n in spared)
-    learn = {n for n, p in cim.named_parameters() if p.requires_grad}
-    assert {names[id(p)] for g in (decay, still) for p in g["params"]} == learn
-
-
-def test_clipping_really_clips(tmp_path, monkeypatch):
-    """Table 9: the gradient that the optimiser sees is never longer than --clip; the log tells the
-    length it had. With --clip 0 it is left alone."""
-    lengths = []
-    real = torch.optim.AdamW.step
-
-    def step(self, *args):
-        grads = [p.grad for g in self.param_groups for p in g["params"]]
-        lengths.append(torch.stack([g.norm() for g in grads]).norm().item())
-        return real(self, *args)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", step)
-    rows = demo(tmp_path / "a", "--clip=0.01", "--max_steps=3")
-    assert all(row["grad_norm"] > 0.02 for row in rows)
-    assert lengths == pytest.approx([0.01] * 3, rel=1e-3)
-    lengths.clear()
-    rows = demo(tmp_path / "b", "--clip=0", "--max_steps=3")
-    assert lengths == pytest.approx([row["grad_norm"] for row in rows], rel=1e-3)
-
-
-def test_accumulated_gradients_equal_the_full_batch(tmp_path):
-    """Four micro-batches of two give the step of one batch of eight, to float rounding."""
-    whole = demo(tmp_path / "a", "--micro_batch=8", "--max_steps=3")
-    parts = demo(tmp_path / "b", "--micro_batch=2", "--max_steps=3")
-    for a, b in zip(whole, parts):
-        assert a["loss"] == pytest.approx(b["loss"], rel=1e-5)
-        assert a["grad_norm"] == pytest.approx(b["grad_norm"], rel=1e-3)
-    for a, b in zip(encoder_of(tmp_path / "a").values(), encoder_of(tmp_path / "b").values()):
-        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
-
-
 def test_three_steps_equal_the_recipe_written_out(tmp_path):
     """The loop is Table 9 and Eqs. 2-7 and nothing else: the same three steps by hand, with every
     crop probability different and the patch embedding frozen, give the same checkpoint."""
@@ -709,7 +646,8 @@ def test_three_steps_equal_the_recipe_written_out(tmp_path):
     contexts = contexts_of(source, list(range(len(source))), 64, 0)
     order = np.random.default_rng((0, 2, 0)).permutation(len(source))
     for step in range(3):
-        (batch, _), _ = crop.collate([contexts[0, i] for i in order[8 * step:8 * step + 8].tolist()])
+        rows = order[8 * step:8 * step + 8].tolist()
+        (batch, _), _ = crop.collate([contexts[0, i] for i in rows])
         u = np.random.default_rng((0, 4, step)).random((8, 7, 15), dtype=np.float32)
         pairs = crop.make_pairs(batch, torch.from_numpy(u), exemplar_size=32, flip=0.4, jitter=0.9,
                                 gray=0.3, blur=0.6, solarize=0.1)
@@ -1128,7 +1066,7 @@ def test_knn_equals_a_brute_force_loop():
 def published(kind):
     """(a state dict by published names, the encoder it belongs to, flags), as found in the wild."""
     torch.manual_seed(1)
-    vit, cnn = model.build_encoder("vit_t16").state_dict(), torchvision.models.resnet50(num_classes=7)
+    vit, cnn = model.build_encoder("vit_t16").state_dict(), torchvision.models.resnet50()
     target = {k: v + 1 for k, v in vit.items()}
     released = vit | {f"{a}_c.{b}": v for k, v in target.items() if "." in k
                       for a, b in [k.split(".", 1)]} | {"decoder_embed.weight": torch.zeros(2)}
@@ -1156,8 +1094,8 @@ def test_published_weights_load_whole(kind, tmp_path):
     name, state, _ = finetune.read_weights(str(tmp_path / "x.pt"), "target" in kind)
     net = model.Classifier(name, 3)
     said = finetune.load_weights(net, state, "x.pt")
-    new = {"fc_norm.weight", "fc_norm.bias", "head.weight", "head.bias"} if name != "resnet50" else {
-        "fc.weight", "fc.bias"}
+    new = {"head.weight", "head.bias", "fc_norm.weight", "fc_norm.bias"}
+    new = {"fc.weight", "fc.bias"} if name == "resnet50" else new
     assert set(re.search("new: (.*?);", said)[1].split(", ")) == new
     got = net.state_dict()
     for key, value in expected.items():
