@@ -162,7 +162,8 @@ def main(argv=None):
     seconds = time.perf_counter() - began
     scores = {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
     report = dict(bench=cfg.bench, **scores, seconds=round(seconds, 2),
-                  images_per_s=round((result["n"] + result.get("bank", 0)) / seconds, 2), ckpt=cfg.ckpt, data=cfg.data,
+                  images_per_s=round((result["n"] + result.get("bank", 0)) / seconds, 2),
+                  ckpt=cfg.ckpt, data=cfg.data,
                   use_target=cfg.use_target, processes=machine.world, dtype=machine.dtype)
     out = cfg.out or (os.path.dirname(cfg.ckpt) if cfg.ckpt != "scratch" else "out/scratch")
     make_folder(out)

@@ -1461,12 +1461,20 @@ def test_every_command_of_the_readme_parses():
     """The flags of every `python SCRIPT` and `torchrun ... SCRIPT` line in the README exist."""
     text = open(os.path.join(HERE, "README.md")).read()
     blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)).replace("\\\n", " ")
-    lines = re.findall(r"\bpretrain\.py ([^#&|`\n]*)", blocks)
-    lines += re.findall(r"`(?:python|torchrun [^`]*?) pretrain\.py ([^`]*)`", text)
-    lines += [flags for flags in re.findall(r"`(--[^`]*=[^`]*)`", text) if "FILE" not in flags]
-    assert len(lines) >= 30
-    for flags in lines:
+    scripts = {"pretrain": (pretrain.Config, pretrain.PRESETS),
+               "finetune": (finetune.Config, finetune.RECIPES), "evaluate": (evaluate.Config, {})}
+    names = "|".join(scripts)
+    lines = re.findall(rf"\b({names})\.py ([^#&|`\n]*)", blocks)
+    lines += re.findall(rf"`(?:python|torchrun [^`]*?) ({names})\.py ([^`]*)`", text)
+    for script in scripts:
+        assert sum(name == script for name, _ in lines) >= 2, script
+    for script, flags in lines:
         if flags != "--help":
-            pretrain.parse_config(pretrain.Config, pretrain.PRESETS, flags.split())
+            pretrain.parse_config(*scripts[script], flags.split())
+    loose = [f for f in re.findall(r"`(--[^`]*=[^`]*)`", text) if "FILE" not in f]
+    assert len(loose) >= 15
+    for flags in loose:  # of one script at least
+        known = {"--" + f.name for config, _ in scripts.values() for f in dataclasses.fields(config)}
+        assert {word.split("=")[0] for word in flags.split()} <= known, flags
     assert "pip install -r requirements.txt && python pretrain.py --preset=demo" in blocks
     assert "pip install -r requirements.txt && pytest" in blocks
