@@ -1,28 +1,39 @@
-"""evaluate.py: how good a classifier or an encoder is, one command for each number.
+"""evaluate.py: how good it is and where it breaks, one command for each number (Table 8).
 
     python evaluate.py --bench=top1 --ckpt=out/finetune/model.pt --data=FOLDER
     python evaluate.py --bench=knn --ckpt=out/pretrain/encoder.pt --data=FOLDER
+    python evaluate.py --bench=maps --ckpt=out/pretrain/ckpt.pt --data=FOLDER
     torchrun --nproc_per_node=8 evaluate.py ...              the same number, sooner
 
-    1. Config     every field is a flag
-    2. the model  a classifier, an encoder from any file, or an untrained one
-    3. benches    top1, knn; BENCHES
-    4. main       one JSON line, kept in the run's folder as BENCH.json
+    1. Config      every field is a flag
+    2. the model   a classifier, an encoder from any file, or an untrained one
+    3. accuracy    top1
+    4. k-NN        knn
+    5. robustness  fgsm, pgd, imagenet_c, imagenet_a, imagenet_r, imagenet_sketch (Table 8)
+    6. maps        of a pre-trained model (Figures 5 and 6)
+    7. main        one JSON line, kept in the run's folder as BENCH.json
 """
 
+import contextlib
+import glob
 import json
 import os
+import sys
 import time
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 import crop
+import pretrain
 from crop import InputError
-from finetune import Images, accuracy, labelled_data, load_weights, match_labels, read_weights
+from finetune import (Batches, accuracy, centre_crops, labelled_data, load_weights, match_labels,
+                      read_weights)
 from model import ENCODERS, Classifier
-from pretrain import check_values, make_folder, parse_config, run, save_file, setup_machine
+from pretrain import (check_values, load_checkpoint, make_folder, parse_config, run, save_file,
+                      setup_machine)
 
 
 # ------------------------------------------------------------------------------------ 1. Config
@@ -31,8 +42,8 @@ from pretrain import check_values, make_folder, parse_config, run, save_file, se
 class Config:
     """What to measure. A field's comment is its line in --help."""
 
-    bench: str = "top1"  # top1 (and top5) of a classifier, or knn of an encoder's features
-    ckpt: str = "out/finetune/model.pt"  # model.pt; for knn any file of weights, or scratch
+    bench: str = "top1"  # top1, knn, fgsm, pgd, imagenet_c, imagenet_a, -_r, -_sketch or maps
+    ckpt: str = "out/finetune/model.pt"  # knn: any file of weights, or scratch; maps: ckpt.pt
     use_target: bool = False  # score the moving average of a pre-training checkpoint
     model: str = "auto"  # the encoder, for --ckpt=scratch
     data: str = "data/imagenet"  # a folder with val/CLASS/* or CLASS/*, or a built-in source
@@ -42,7 +53,11 @@ class Config:
     test_crop: float = 0.95  # side of the centre crop as a fraction of the shorter side
     k: int = 20  # nearest neighbours that vote (knn)
     temperature: float = 0.07  # of their votes, exp(cosine / temperature) (knn)
-    seed: int = 0  # of --ckpt=scratch, and of the split where a folder has no val/ (knn)
+    eps: float = 1.0  # largest change of a pixel in 255ths (fgsm, pgd)
+    step: float = 0.5  # change of a pixel in one step, in 255ths (pgd)
+    steps: int = 5  # steps of the attack (pgd)
+    rows: int = 3  # images in the picture, at most 16 (maps)
+    seed: int = 0  # of an untrained encoder, a split without val/ (knn) and random starts (pgd)
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # auto, float32 or bfloat16; auto is bfloat16 where the chip multiplies it
     workers: int = -1  # loader processes for each process; -1 uses the cores at hand
@@ -55,12 +70,13 @@ class Config:
 # --------------------------------------------------------------------------------- 2. the model
 
 def load_model(cfg, machine):
-    """-> (Classifier in evaluation mode on the device, its class names, the pixels it likes).
+    """-> (Classifier in evaluation mode on the device, its class names, the pixels it was validated
+    at, the top-1 that it reached there).
 
     The class names are None for an encoder without a head; its features are then its own tokens,
     pooled. Raises InputError when the file is none, or not what --model says.
     """
-    classes, size = None, 224
+    classes, size, top1 = None, 224, None
     if cfg.ckpt == "scratch":
         if cfg.model == "auto":
             raise InputError("--ckpt=scratch needs --model")
@@ -73,31 +89,57 @@ def load_model(cfg, machine):
         probe = True
         if "classes" in saved:
             classes, size = saved["classes"], saved["config"]["test_size"]
-            probe = saved["config"]["frozen"]
+            probe, top1 = saved["config"]["frozen"], saved.get("top1")
         model = Classifier(name, len(classes or "1"), probe=probe)
         load_weights(model, state, cfg.ckpt, head=classes is not None)
-    return model.to(machine.device).eval(), classes, cfg.size or size
+    return model.to(machine.device).eval(), classes, cfg.size or size, top1
 
 
-# ----------------------------------------------------------------------------------- 3. benches
+# ---------------------------------------------------------------------------------- 3. accuracy
 
-def top1(cfg, machine):
-    """Top-1 and top-5 accuracy of a classifier on centre crops; classes are found by name."""
-    model, classes, size = load_model(cfg, machine)
+def load_classifier(cfg, machine):
+    """-> (Classifier, its class names, pixels, the top-1 that it ended its training with)."""
+    model, classes, size, top1 = load_model(cfg, machine)
     if classes is None:
         raise InputError(f"{cfg.ckpt!r} has no classifier: --bench={cfg.bench} takes the model.pt "
                          "that finetune.py writes")
-    place = os.path.join(cfg.data, "val")
-    place = place if os.path.isdir(place) else cfg.data
-    source = crop.open_images(place, "val", crop.read_classes(cfg.classes))
-    labels = match_labels(source, classes, place)
+    return model, classes, size, top1
+
+
+def class_folders(place, known, keep=None):
+    """-> (source, labels among the `known` classes, labelled rows) of a folder of class folders or
+    a built-in source. Raises InputError: a class that is not known, an empty class folder."""
+    source = crop.open_images(place, "val", keep)
+    labels = match_labels(source, known, place)
+    if os.path.isdir(place):
+        folders = {f.name for f in os.scandir(place) if f.is_dir() and f.name[0] != "."}
+        empty = sorted(folders - set(source.classes)) if keep is None else []
+        if empty:
+            raise InputError(f"{place!r} has no images in {len(empty)} of its class folders: "
+                             f"{', '.join(empty[:5])}{' ...' if len(empty) > 5 else ''}")
     rows = [i for i, label in enumerate(labels) if label >= 0]
     if not rows:
         raise InputError(f"{place!r} has no images in class folders")
-    images = Images(source, rows, size, cfg.test_crop, cfg.workers, machine)
-    score = accuracy(model, images, torch.tensor(labels), machine)
+    return source, torch.tensor(labels), rows
+
+
+def validation_place(data):
+    """val/ if there is one, else the folder itself (or a built-in source)."""
+    place = os.path.join(data, "val")
+    return place if os.path.isdir(place) else data
+
+
+def top1(cfg, machine, attack=None):
+    """Top-1 and top-5 accuracy of a classifier on centre crops; classes are found by name."""
+    model, classes, size, _ = load_classifier(cfg, machine)
+    source, labels, rows = class_folders(validation_place(cfg.data), classes,
+                                         crop.read_classes(cfg.classes))
+    images = Batches(centre_crops(source, rows, size, cfg.test_crop), cfg.workers, machine)
+    score = accuracy(model, images, labels, machine, attack=attack)
     return dict(top1=score["top1"], top5=score["top5"], n=score["n"])
 
+
+# --------------------------------------------------------------------------------------- 4. k-NN
 
 def normalised_features(model, images, count, machine):
     """-> ([n, width] features of unit length on the device, their numbers in the source [n]) of
@@ -106,7 +148,7 @@ def normalised_features(model, images, count, machine):
     with torch.no_grad():
         for x, numbers in images:
             with machine.autocast():
-                features = model.features(x)
+                features = model.features(crop.normalize(x.float() / 255))
             features = F.normalize(features.float())
             table[machine.send(numbers)] = F.pad(features, (0, 1), value=1)  # and a mark
     machine.sum(table)
@@ -128,12 +170,12 @@ def vote(queries, bank, labels, classes, k, temperature):
 
 def knn(cfg, machine):
     """Weighted k-nearest-neighbour accuracy of frozen features: training images vote."""
-    model, _, size = load_model(cfg, machine)
+    model, _, size, _ = load_model(cfg, machine)
     with machine.first():
         (train, rows), (val, val_rows), _ = labelled_data(cfg)
     sides = []
     for source, wanted in ((train, rows), (val, val_rows)):
-        images = Images(source, wanted, size, cfg.test_crop, cfg.workers, machine)
+        images = Batches(centre_crops(source, wanted, size, cfg.test_crop), cfg.workers, machine)
         features, numbers = normalised_features(model, images, len(source), machine)
         sides.append((features, machine.send(torch.tensor(source.labels)[numbers])))
     (bank, bank_labels), (queries, labels) = sides
@@ -146,10 +188,200 @@ def knn(cfg, machine):
     return dict(knn=100 * hits.item() / len(labels), n=len(labels), bank=len(bank))
 
 
-BENCHES = {"top1": top1, "knn": knn}
+# --------------------------------------------------------------------------- 5. robustness, Table 8
+
+def perturb(model, x, y, start, eps, step, steps):
+    """`steps` steps of `step` up the gradient's sign from x + start, never further than eps from x
+    and never outside [0, 1]; images x [B, 3, h, w] in [0, 1], gradients in float32."""
+    low, high = (x - eps).clamp(min=0), (x + eps).clamp(max=1)
+    moved = torch.minimum(torch.maximum(x + start, low), high)
+    for _ in range(steps):
+        moved.requires_grad_()
+        with torch.enable_grad():
+            loss = F.cross_entropy(model(crop.normalize(moved)), y, reduction="sum")
+        grad, = torch.autograd.grad(loss, moved)
+        moved = torch.minimum(torch.maximum(moved.detach() + step * grad.sign(), low), high)
+    return moved
 
 
-# -------------------------------------------------------------------------------------- 4. main
+def fgsm(cfg, machine):
+    """The fast gradient sign method [24]: one step of eps from the clean image."""
+    eps = cfg.eps / 255
+    return under_attack(cfg, machine, lambda model, x, y, numbers: perturb(
+        model, x, y, torch.zeros_like(x), eps, eps, 1))
+
+
+def pgd(cfg, machine):
+    """Projected gradient descent [42]: steps of step from a random start, seeded by the image."""
+    def attack(model, x, y, numbers):
+        start = [np.random.default_rng((cfg.seed, 8, j)).random(x.shape[1:], dtype=np.float32)
+                 for j in numbers.tolist()]
+        start = machine.send(torch.from_numpy(np.stack(start))) * 2 - 1
+        return perturb(model, x, y, start * cfg.eps / 255, cfg.eps / 255, cfg.step / 255, cfg.steps)
+
+    return under_attack(cfg, machine, attack)
+
+
+def under_attack(cfg, machine, attack):
+    """Top-1 on attacked and on clean images."""
+    score, clean = top1(cfg, machine, attack), top1(cfg, machine)
+    return {cfg.bench: score["top1"], "clean": clean["top1"], "n": score["n"]}
+
+
+def subset(cfg, machine):
+    """ImageNet-A, -R and -Sketch [29, 30, 60]: folders of some of the model's classes, found by
+    name; only these are predicted."""
+    model, classes, size, clean = load_classifier(cfg, machine)
+    source, labels, rows = class_folders(validation_place(cfg.data), classes)
+    among = sorted(set(labels[rows].tolist()))
+    if machine.rank == 0:
+        print(f"protocol: {len(among)} of the model's {len(classes)} classes have a folder here; "
+              "only they are predicted")
+    numbers = torch.full((len(classes),), -1)
+    numbers[among] = torch.arange(len(among))
+    images = Batches(centre_crops(source, rows, size, cfg.test_crop), cfg.workers, machine)
+    score = accuracy(model, images, numbers[labels], machine, among=among)
+    return {cfg.bench: score["top1"], "top5": score["top5"], "clean": clean,
+            "classes": len(among), "n": score["n"]}
+
+
+ALEXNET = {  # mean top-1 error over the five severities, from the benchmark's authors [29]
+    "gaussian_noise": 0.886428, "shot_noise": 0.894468, "impulse_noise": 0.922640,
+    "defocus_blur": 0.819880, "glass_blur": 0.826268, "motion_blur": 0.785948,
+    "zoom_blur": 0.798360, "snow": 0.866816, "frost": 0.826572, "fog": 0.819324,
+    "brightness": 0.564592, "contrast": 0.853204, "elastic_transform": 0.646056,
+    "pixelate": 0.717840, "jpeg_compression": 0.606500}
+
+
+def corruption_error(errors):
+    """{corruption: five errors in percent} -> (mCE, the plain mean error). mCE: the mean over the 15
+    corruptions of the error relative to AlexNet's, in percent; None when a corruption is missing.
+    """
+    means = {name: sum(e) / len(e) for name, e in errors.items()}
+    complete = means.keys() == ALEXNET.keys()
+    mce = sum(m / ALEXNET[name] for name, m in means.items()) / len(ALEXNET) if complete else None
+    return mce, sum(means.values()) / len(means)
+
+
+def imagenet_c(cfg, machine):
+    """ImageNet-C [29]: CORRUPTION/SEVERITY/CLASS/*, as published or one folder deeper. The images
+    have the right size already: they are not cropped."""
+    model, classes, size, clean = load_classifier(cfg, machine)
+    errors, missing, n = {}, [], 0
+    for name in ALEXNET:
+        places = [os.path.join(cfg.data, name), *glob.glob(os.path.join(cfg.data, "*", name))]
+        places = [p for p in places if all(os.path.isdir(os.path.join(p, s)) for s in "12345")]
+        if not places:
+            missing.append(name)
+            continue
+        errors[name] = []
+        for severity in "12345":
+            source, labels, rows = class_folders(os.path.join(places[0], severity), classes)
+            images = Batches(centre_crops(source, rows, size, 1.0), cfg.workers, machine)
+            score = accuracy(model, images, labels, machine)
+            errors[name].append(100 - score["top1"])
+            n += score["n"]
+        if machine.rank == 0:
+            print(f"{name:>18}" + "".join(f"  {e:6.2f}" for e in errors[name]), flush=True)
+    if not errors:
+        raise InputError(f"{cfg.data!r} has none of the 15 corruptions in five severities each: "
+                         "it should hold gaussian_noise/1/CLASS/* to jpeg_compression/5/CLASS/*")
+    if missing and machine.rank == 0:
+        print(f"no mCE: {', '.join(missing)} missing or without severities 1 to 5",
+              file=sys.stderr)
+    mce, mean_error = corruption_error(errors)
+    return {"mce": mce, "mean_error": mean_error, "clean": clean, "n": n, "errors": errors,
+            "missing": missing}
+
+
+# --------------------------------------------------------------------------- 6. maps, Figures 5, 6
+
+def maps(cfg, machine):
+    """How well a pre-trained model finds exemplars in images: cross-entropy, skill, and the mean
+    IoU of its maps at 0.5, over a whole folder, by area and by angle; and figures.png."""
+    saved = None
+    with contextlib.suppress(InputError):  # said better below
+        saved = load_checkpoint(cfg.ckpt)
+    if saved is None or "decoder_width" not in saved["config"]:
+        raise InputError(f"--bench=maps takes the ckpt.pt of a pre-training run, not {cfg.ckpt!r}")
+    recipe = pretrain.Config(**{k: tuple(v) if isinstance(v, list) else v
+                                for k, v in saved["config"].items()})
+    cim = pretrain.build_model(recipe)
+    cim.load_state_dict(saved["model"])
+    cim.to(machine.device).eval()
+    source = crop.open_images(validation_place(cfg.data), "val", crop.read_classes(cfg.classes))
+    dataset = pretrain.contexts_of(source, range(len(source)), recipe, replace=False)
+    u, mean = pretrain.uniforms(recipe, (5,), len(source)), pretrain.mean_map(recipe, machine)
+    table = torch.zeros(len(source), recipe.exemplars, 5, device=machine.device)
+    picture = None
+    for contexts, numbers in Batches(dataset, cfg.workers, machine, batch=16):
+        pairs = pretrain.make_pairs(contexts, machine.send(u[numbers]), recipe)
+        with pretrain.measuring(cim, machine):
+            logits = cim(*pairs[:3])[1].float()
+        table[machine.send(numbers)] = map_scores(logits, *pairs[2:], mean)
+        if picture is None and machine.rank == 0:
+            picture = crop.contact_sheet(*(x[:cfg.rows].cpu() for x in (*pairs, logits)))
+    machine.sum(table)
+    if picture:
+        make_folder(folder_of(cfg))
+        save_file(os.path.join(folder_of(cfg), "figures.png"), lambda f: picture.save(f, "PNG"))
+    seen = table[:, 0, 2] > 0  # the area
+    if not seen.any():
+        raise InputError(f"none of the images in {cfg.data!r} could be read")
+    return map_report(table[seen].cpu().double(), machine)
+
+
+def map_scores(logits, maps, theta, mean):
+    """Of each exemplar: cross-entropy, that of the mean map, area r0, |angle| in degrees and IoU at
+    0.5: [B, K, 5]. logits and maps [B, K, m, m], theta [B, K, 2, 3], mean [m, m]."""
+    def entropy(x):
+        return F.binary_cross_entropy_with_logits(x, maps, reduction="none").mean((2, 3))
+
+    found, true = logits > 0, maps > 0
+    iou = (found & true).sum((2, 3)) / (found | true).sum((2, 3)).clamp(min=1)
+    area = torch.linalg.det(theta[..., :2]).abs()
+    angle = torch.atan2(-theta[..., 0, 1], theta[..., 1, 1]).abs().rad2deg()
+    ignoring = entropy(mean.logit().expand_as(maps))
+    return torch.stack([entropy(logits), ignoring, area, angle, iou], -1)
+
+
+def map_report(table, machine):
+    """The means over table [n, K, 5] of map_scores: all, by quartile of r0, by third of the angle.
+    """
+    rows = table.flatten(0, 1)
+    loss, baseline, area, angle, iou = rows.unbind(1)
+
+    def score(chosen):
+        ce, ignoring = loss[chosen].mean().item(), baseline[chosen].mean().item()
+        return dict(skill=1 - ce / ignoring, iou=100 * iou[chosen].mean().item(), loss=ce,
+                    baseline=ignoring)
+
+    parts = {}
+    for name, value, count in (("r0", area, 4), ("angle", angle, 3)):
+        edges = value.quantile(torch.linspace(0, 1, count + 1).double())
+        for i in range(count if edges[0] < edges[-1] else 0):
+            chosen = (value >= edges[i]) & ((value < edges[i + 1]) | (i == count - 1))
+            parts[f"{name} {edges[i]:.3g} to {edges[i + 1]:.3g}"] = score(chosen)
+    total = score(torch.ones_like(loss, dtype=torch.bool))
+    for name, row in {"all": total, **parts}.items() if machine.rank == 0 else ():
+        print(f"{name:>20}  skill {row['skill']:6.3f}  IoU {row['iou']:5.1f}%  loss "
+              f"{row['loss']:.4f}  baseline {row['baseline']:.4f}")
+    return total | dict(n=len(table), parts=parts)
+
+
+BENCHES = {"top1": top1, "knn": knn, "fgsm": fgsm, "pgd": pgd, "imagenet_c": imagenet_c,
+           "imagenet_a": subset, "imagenet_r": subset, "imagenet_sketch": subset, "maps": maps}
+
+
+# -------------------------------------------------------------------------------------- 7. main
+
+FRACTIONS = ("skill", "loss", "baseline")  # other scores are in percent
+
+
+def folder_of(cfg):
+    """Where results go."""
+    return cfg.out or ("out/scratch" if cfg.ckpt == "scratch" else os.path.dirname(cfg.ckpt) or ".")
+
 
 def main(argv=None):
     """Run one bench; print its scores and, as the last line, its JSON."""
@@ -160,17 +392,18 @@ def main(argv=None):
     if machine.rank > 0:
         return
     seconds = time.perf_counter() - began
+    images = result["n"] + result.get("bank", 0)
     scores = {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
     report = dict(bench=cfg.bench, **scores, seconds=round(seconds, 2),
-                  images_per_s=round((result["n"] + result.get("bank", 0)) / seconds, 2),
-                  ckpt=cfg.ckpt, data=cfg.data,
+                  images_per_s=round(images / seconds, 2), ckpt=cfg.ckpt, data=cfg.data,
                   use_target=cfg.use_target, processes=machine.world, dtype=machine.dtype)
-    out = cfg.out or (os.path.dirname(cfg.ckpt) if cfg.ckpt != "scratch" else "out/scratch")
-    make_folder(out)
-    text = json.dumps(report)
     for name, value in scores.items():
-        print(f"{name:>6}  {value:.2f}%" if isinstance(value, float) else f"{name:>6}  {value}")
-    save_file(os.path.join(out, cfg.bench + "_target" * cfg.use_target + ".json"),
+        if isinstance(value, (int, float)):
+            unit = "%" if isinstance(value, float) and name not in FRACTIONS else ""
+            print(f"{name:>10}  {value:g}{unit}")
+    text = json.dumps(report)
+    make_folder(folder_of(cfg))
+    save_file(os.path.join(folder_of(cfg), cfg.bench + "_target" * cfg.use_target + ".json"),
               lambda f: f.write(text.encode()))
     print(text)
 

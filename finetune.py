@@ -37,9 +37,9 @@ import crop
 from crop import InputError
 from model import ENCODERS, Classifier, resize_positions
 from pretrain import (BadImages, Journal, accelerate, bench_report, check_values, count_gflop, due,
-                      learning_rate, load_checkpoint, make_loader, make_plan, micro_batches,
-                      parameter_groups, parse_config, plain, plain_time, resume, run, save_file,
-                      set_learning_rate, setup_machine)
+                      learning_rate, load_checkpoint, make_loader, make_plan, measuring,
+                      micro_batches, parameter_groups, parse_config, plain, plain_time, resume,
+                      run, save_file, set_learning_rate, setup_machine)
 
 
 # ------------------------------------------------------------------------------------ 1. Config
@@ -377,18 +377,23 @@ def gflop_per_image(cfg, classes):
 
 # ---------------------------------------------------------------------------------- 5. accuracy
 
-class Images:
-    """The centre crops of some images of a source, for measuring. Iterating gives this process's
-    batches: (normalised images on the device, their numbers in the source on the CPU). The batches
-    are the same for any number of processes; unreadable images are left out with a warning."""
+def centre_crops(source, rows, size, ratio):
+    """The data set of test images: squares in the middle of some images of a source."""
+    cut = partial(crop.cut_centre, size=size, ratio=ratio)
+    return crop.Samples(source, rows, 0, cut, replace=False)
 
-    def __init__(self, source, rows, size, ratio, workers, machine, batch=64):
-        cut = partial(crop.cut_centre, size=size, ratio=ratio)
-        batches = [[(0, i) for i in range(b, min(b + batch, len(rows)))]
-                   for b in range(0, len(rows), batch)]
-        self.machine, self.bad = machine, BadImages(len(rows), "it is left out")
-        self.loader = make_loader(crop.Samples(source, rows, 0, cut, replace=False),
-                                  batches[machine.rank::machine.world], workers, machine)
+
+class Batches:
+    """Each image of a data set once, for measuring. Iterating gives this process's batches: (uint8
+    images on the device, their numbers in the source on the CPU). The batches are the same for any
+    number of processes; unreadable images are left out with a warning; long work tells how long.
+    """
+
+    def __init__(self, dataset, workers, machine, batch=64):
+        n = len(dataset)
+        batches = [[(0, i) for i in range(b, min(b + batch, n))] for b in range(0, n, batch)]
+        self.machine, self.bad = machine, BadImages(n, "it is left out")
+        self.loader = make_loader(dataset, batches[machine.rank::machine.world], workers, machine)
 
     def __iter__(self):
         began = told = time.perf_counter()
@@ -396,7 +401,7 @@ class Images:
             batch = self.bad.check(*sample)
             if batch:
                 images, numbers = batch
-                yield crop.normalize(self.machine.send(images).float() / 255), numbers
+                yield self.machine.send(images), numbers
             now = time.perf_counter()
             if now - told > 10 and self.machine.rank == 0:
                 left = plain_time((now - began) * (len(self.loader) / done - 1))
@@ -404,33 +409,39 @@ class Images:
                 told = now
 
 
-def accuracy(model, images, labels, machine):
+def accuracy(model, images, labels, machine, among=None, attack=None):
     """-> top-1 and top-5 in percent, mean cross-entropy and the number of images; labels [source].
 
-    Exact for any number of processes: each image counts once, nothing is padded."""
-    model.eval()
+    Exact for any number of processes: each image counts once, nothing is padded. among: predict
+    only these classes, which the labels then number. attack(model, images, labels, numbers) ->
+    images, all in [0, 1], comes first.
+    """
     machine.share_buffers(model)
     sums = torch.zeros(4, device=machine.device)  # counts are exact up to 2^24
-    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        for x, numbers in images:
-            y = machine.send(labels[numbers])
-            with machine.autocast():
-                logits = model(x)
-            hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
-            loss = F.cross_entropy(logits.float(), y, reduction="sum")
-            sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, loss.new_tensor(len(y))])
-    model.train()
+    for x, numbers in images:
+        y = machine.send(labels[numbers])
+        x = x.float() / 255
+        x = attack(model, x, y, numbers) if attack else x
+        with measuring(model, machine):
+            logits = model(crop.normalize(x)).float()
+        logits = logits if among is None else logits[:, among]
+        hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
+        loss = F.cross_entropy(logits, y, reduction="sum")
+        sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, loss.new_tensor(len(y))])
     machine.sum(sums)
     top1, top5, loss, n = sums.tolist()
+    if not n:
+        raise InputError("none of the images could be read")
     return dict(top1=100 * top1 / n, top5=100 * top5 / n, val_loss=loss / n, n=int(n))
 
 
 # -------------------------------------------------------------------------------------- 6. main
 
-def save_model(path, model, cfg, classes):
-    """model.pt: weights by timm's or torchvision's names, class names in order, config."""
+def save_model(path, model, cfg, classes, top1=None):
+    """model.pt: weights by timm's or torchvision's names, class names in order, config, and the
+    top-1 that the run ended with where that is known."""
     state = {theirs: model.state_dict()[mine].cpu() for mine, theirs in model.names().items()}
-    saved = dict(weights=state, classes=list(classes), config=plain(cfg))
+    saved = dict(weights=state, classes=list(classes), config=plain(cfg), top1=top1)
     save_file(path, lambda f: torch.save(saved, f))
 
 
@@ -468,7 +479,8 @@ def main(argv=None):
         training_set(cfg, train, rows),
         micro_batches(cfg, plan, machine.rank, range(start, plan.stop), cfg.repeats),
         cfg.workers, machine))
-    val_images = Images(val, val_rows, cfg.test_size, cfg.test_crop, cfg.workers, machine)
+    val_images = Batches(centre_crops(val, val_rows, cfg.test_size, cfg.test_crop), cfg.workers,
+                         machine)
     labels, val_labels = torch.tensor(train.labels), torch.tensor(val.labels)
     mix, erase = make_mix(cfg, len(classes)), v2.RandomErasing(cfg.erasing, value="random")
     wrapped = accelerate(model, machine)
@@ -510,7 +522,7 @@ def main(argv=None):
     if cfg.bench:
         bench_report("finetune", journal)
     elif machine.rank == 0:
-        save_model(final, model, cfg, classes)
+        save_model(final, model, cfg, classes, journal.last["top1"])
         best = max((r for r in journal.rows() if r["top1"] is not None), key=lambda r: r["top1"])
         print("done: {} holds model.pt, log.jsonl and ckpt.pt; on {n} validation images top-1 is "
               "{top1:.2f}%, top-5 {top5:.2f}%".format(cfg.out, **journal.last)

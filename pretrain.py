@@ -136,7 +136,8 @@ FREE = ("out", "micro_batch", "device", "compile", "workers", "log_every", "eval
 
 POSITIVE = ("context_size", "exemplar_size", "exemplars", "decoder_width", "decoder_depth",
             "epochs", "batch_size", "lr", "lr_batch", "log_every", "image_size", "test_size",
-            "test_crop", "repeats", "eval_epochs", "layer_decay", "k", "temperature")
+            "test_crop", "repeats", "eval_epochs", "layer_decay", "k", "temperature", "steps",
+            "rows")
 BOUNDS = {("flip", "jitter", "gray", "blur", "solarize", "tau", "erasing", "test_crop",
            "randaugment_p"): "at most 1",
           ("beta1", "beta2", "drop_path", "smoothing", "bce_threshold"): "below 1"}
@@ -417,10 +418,10 @@ def uniforms(cfg, stream, count):
     return torch.from_numpy(rng.random(shape, dtype=np.float32))
 
 
-def contexts_of(source, indices, cfg):
+def contexts_of(source, indices, cfg, replace=True):
     """The data set of random contexts."""
     cut = functools.partial(crop.cut_context, size=cfg.context_size)
-    return crop.Samples(source, indices, cfg.seed, cut)
+    return crop.Samples(source, indices, cfg.seed, cut, replace)
 
 
 def make_pairs(contexts, u, cfg):
@@ -722,6 +723,25 @@ def effective_rank(x):
     return math.exp(-torch.special.xlogy(p, p).sum())
 
 
+@contextlib.contextmanager
+def measuring(model, machine):
+    """Evaluation mode, no gradients, nothing compiled anew for other shapes."""
+    training = model.training
+    model.eval()
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"), machine.autocast():
+        yield
+    model.train(training)
+
+
+def mean_map(cfg, machine):
+    """The per-pixel mean [m, m] of 4096 maps: the best predictor that ignores the exemplar."""
+    u = machine.send(uniforms(cfg, (6,), 4096)[:, 0, :6].contiguous())
+    theta = crop.affine_from_boxes(
+        crop.sample_boxes(u, cfg.scale, cfg.ratio, cfg.rotation, cfg.flip))
+    mean = sum(crop.rasterize_maps(t, cfg.context_size).sum(0) for t in theta.split(256)) / 4096
+    return mean.clamp(1e-4, 1 - 1e-4)
+
+
 class HeldOut:
     """At most 256 fixed images with fixed crops, never trained on.
 
@@ -741,19 +761,7 @@ class HeldOut:
         self.cfg, self.machine = cfg, machine
         self.contexts = machine.send(contexts)
         self.u = machine.send(uniforms(cfg, (5,), len(contexts)))
-        u = machine.send(uniforms(cfg, (6,), 4096)[:, 0, :6].contiguous())
-        theta = crop.affine_from_boxes(
-            crop.sample_boxes(u, cfg.scale, cfg.ratio, cfg.rotation, cfg.flip))
-        mean = sum(crop.rasterize_maps(t, cfg.context_size).sum(0) for t in theta.split(256)) / 4096
-        self.mean_map = mean.clamp(1e-4, 1 - 1e-4)
-
-    @contextlib.contextmanager
-    def measuring(self, cim):
-        """Evaluation mode, no gradients, nothing compiled anew for other shapes."""
-        cim.eval()
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), self.machine.autocast():
-            yield
-        cim.train()
+        self.mean_map = mean_map(cfg, machine)
 
     def evaluate(self, cim):
         """-> dict of loss, baseline, skill, skill_swapped and rank; each process does its part."""
@@ -763,7 +771,7 @@ class HeldOut:
         groups = torch.arange(n).tensor_split(max(1, n // 8))  # alike for any number of processes
         for rows in groups[self.machine.rank::self.machine.world]:
             context, exemplars, maps, _ = make_pairs(self.contexts[rows], self.u[rows], self.cfg)
-            with self.measuring(cim):
+            with measuring(cim, self.machine):
                 h_c, h_z = cim.encode(context, exemplars)
                 logits = [cim.decoder(h_c, h, maps.shape[-1]) for h in (h_z, h_z.roll(1, 0))]
             logits.append(self.mean_map.logit().expand_as(maps))
@@ -779,7 +787,7 @@ class HeldOut:
     def picture(self, cim, path, rows=4):
         """Write the contact sheet of the first images, with predicted maps (Figures 5 and 6)."""
         context, exemplars, maps, theta = make_pairs(self.contexts[:rows], self.u[:rows], self.cfg)
-        with self.measuring(cim):
+        with measuring(cim, self.machine):
             _, logits = cim(context, exemplars, maps)
         sheet = crop.contact_sheet(*(x.cpu() for x in (context, exemplars, maps, theta, logits)))
         save_file(path, lambda f: sheet.save(f, "PNG"))

@@ -1036,7 +1036,8 @@ def test_accuracy_counts_each_image_once(classes3, tmp_path):
     for rank in range(3):
         machine = pretrain.Machine(torch.device("cpu"), rank, 3, "float32", False)
         machine.sum = machine.share_buffers = lambda *_: None
-        images = finetune.Images(source, list(range(21)), 32, 0.95, 0, machine, batch=4)
+        dataset = finetune.centre_crops(source, list(range(21)), 32, 0.95)
+        images = finetune.Batches(dataset, 0, machine, batch=4)
         score = finetune.accuracy(net, images, labels, machine)
         sums += [score["top1"] * score["n"] / 100, score["n"]]
     assert sums.tolist() == pytest.approx([sum(expected), 21])
@@ -1044,7 +1045,7 @@ def test_accuracy_counts_each_image_once(classes3, tmp_path):
     (tmp_path / "x" / "val" / "bee" / "003.jpg").write_text("nothing")
     source = crop.Folder(str(tmp_path / "x" / "val"))
     machine = pretrain.Machine(torch.device("cpu"), 0, 1, "float32", False)
-    images = finetune.Images(source, list(range(21)), 32, 0.95, 0, machine)
+    images = finetune.Batches(finetune.centre_crops(source, list(range(21)), 32, 0.95), 0, machine)
     score = finetune.accuracy(net, images, labels, machine)
     rest = [hit for i, hit in enumerate(expected) if i != 10]
     assert score["n"] == 20 and score["top1"] == pytest.approx(100 * np.mean(rest))
@@ -1135,7 +1136,7 @@ def test_published_models_read_our_weights(classes3, tmp_path):
     theirs.load_state_dict(saved["weights"])
     cfg = pretrain.parse_config(evaluate.Config, {}, [f"--ckpt={tmp_path / 'model.pt'}"])
     machine = pretrain.Machine(torch.device("cpu"), 0, 1, "float32", False)
-    ours, names, size = evaluate.load_model(cfg, machine)
+    ours, names, size, _ = evaluate.load_model(cfg, machine)
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
     assert saved["classes"] == names == ["ant", "bee", "cat"] and size == 32
@@ -1268,7 +1269,187 @@ def test_fine_tuning_that_cannot_work_is_named(flags, words, tmp_path, classes3)
     assert not (tmp_path / "x").exists()
 
 
-# --------------------------------------------------------------------- 7. files and bad input
+# -------------------------------------------------------------------------------- 7. evaluation
+
+def score(out, *flags):
+    """Run evaluate.py in this process; -> its JSON."""
+    evaluate.main(["--device=cpu", "--dtype=float32", "--workers=0", f"--out={out}", *flags])
+    return json.load(open(max(out.glob("*.json"), key=os.path.getmtime)))
+
+
+def save_classifier(path, classes, seed=0):
+    """A model.pt of a small untrained ViT that has opinions; -> the model."""
+    torch.manual_seed(seed)
+    net = model.Classifier("vit_d8", len(classes)).eval()
+    nn.init.normal_(net.head.weight)
+    cfg = recipe("demo", "--model=vit_d8", "--test_size=32")
+    finetune.save_model(str(path), net, cfg, classes, top1=50.0)
+    return net
+
+
+def predictions(net, folder, names, cut=partial(crop.cut_centre, size=32), among=None):
+    """By a plain loop over the images of a folder: is the best of `among` the image's class?"""
+    hits = []
+    for path in sorted(folder.rglob("*.jpg")):
+        with Image.open(path) as image, torch.no_grad():
+            logits = net(crop.normalize(cut(image, None)[None].float() / 255))[0]
+        best = max(among or names, key=lambda name: logits[names.index(name)])
+        hits.append(best == path.parent.name)
+    return 100 * np.mean(hits)
+
+
+def test_attacks_on_a_linear_model_have_a_closed_form():
+    """FGSM and PGD against two classes that are linear in the pixels end where every pixel moved
+    by eps towards the other class, or to the edge of [0, 1]."""
+    weights = torch.randn(2, 192, generator=torch.Generator().manual_seed(0)) / 20
+    x, y = rand(4, 3, 8, 8, dtype=torch.float32), torch.tensor([0, 1, 1, 0])
+    x[0, :, 0] = 1.0
+    uphill = torch.stack([(weights[1 - k] - weights[k]).sign().view(3, 8, 8) for k in y])
+    expected = (x + uphill / 255).clamp(0, 1)
+    linear = nn.Sequential(nn.Flatten(), nn.Linear(192, 2, bias=False))
+    linear[1].weight.data = weights
+    start = (2 * rand(4, 3, 8, 8, seed=1, dtype=torch.float32) - 1) / 255
+    for attack in (torch.zeros_like(x), 1 / 255, 1), (start, 0.5 / 255, 5):
+        got = evaluate.perturb(linear, x, y, attack[0], 1 / 255, *attack[1:])
+        torch.testing.assert_close(got, expected, atol=1e-7, rtol=0)
+
+
+def test_attacks_stay_in_the_ball_and_hurt(tmp_path, classes3):
+    """No attacked pixel leaves eps or [0, 1], whatever the start and the number of steps; eps 0 is
+    the clean score, and PGD from the same seed is the same for two processes as for one."""
+    net = save_classifier(tmp_path / "model.pt", ["ant", "bee", "cat"])
+    x, y = rand(4, 3, 32, 32, dtype=torch.float32).round(decimals=1), torch.tensor([0, 1, 2, 0])
+    start = 9 * torch.randn(4, 3, 32, 32)
+    got = evaluate.perturb(net, x, y, start, 4 / 255, 3 / 255, 7)
+    assert (got - x).abs().max() <= 4 / 255 + 1e-7 and got.min() >= 0 and got.max() <= 1
+    loss = [F.cross_entropy(net(crop.normalize(z)), y).item() for z in (x, got)]
+    assert loss[1] > loss[0] + 0.01
+    flags = [f"--ckpt={tmp_path / 'model.pt'}", f"--data={classes3}"]
+    clean = predictions(net, classes3 / "val", ["ant", "bee", "cat"])
+    assert score(tmp_path, "--bench=fgsm", "--eps=0", *flags)["fgsm"] == pytest.approx(clean, abs=1e-3)
+    one = score(tmp_path, "--bench=pgd", "--eps=8", "--step=4", *flags)
+    assert one["pgd"] < one["clean"] == pytest.approx(clean, abs=1e-3) and one["n"] == 21
+    two = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                  "evaluate.py", "--bench=pgd", "--eps=8", "--step=4", "--device=cpu",
+                  "--dtype=float32", "--workers=0", f"--out={tmp_path}", *flags)
+    assert json.loads(two.stdout.splitlines()[-1])["pgd"] == one["pgd"], two.stderr
+
+
+def test_mce_is_relative_to_alexnet():
+    """Table 8: AlexNet's own errors have mCE 100 (and a mean error of 78.8); half of them 50; one
+    corruption twice as bad adds a fifteenth; without all fifteen there is none."""
+    own = {name: [100 * e] * 5 for name, e in evaluate.ALEXNET.items()}
+    assert len(own) == 15 and evaluate.corruption_error(own) == pytest.approx((100, 78.8), abs=0.1)
+    half = {name: [0, 0, e[0], e[0] * 1.5, 0] for name, e in own.items()}
+    assert evaluate.corruption_error(half)[0] == pytest.approx(50)
+    worse = own | {"fog": [2 * e for e in own["fog"]]}
+    assert evaluate.corruption_error(worse)[0] == pytest.approx(100 + 100 / 15)
+    mce, mean = evaluate.corruption_error({"fog": [10, 20, 30, 40, 50]})
+    assert mce is None and mean == 30
+
+
+def test_imagenet_c_reads_the_published_layout(tmp_path, capsys):
+    """CORRUPTION/SEVERITY/CLASS, also one folder deeper as in the published archives: each error is
+    that of a plain loop over uncropped images; what is missing is named and there is no mCE."""
+    names = ["bee", "ant"]  # not in the order of the folders
+    net = save_classifier(tmp_path / "model.pt", names)
+    for k, place in enumerate(["noise/gaussian_noise", "fog"]):
+        for severity in range(1, 6):
+            for i, name in enumerate(names):
+                save_images(tmp_path / "c" / place / str(severity) / name, 2, (32, 32),
+                            seed=100 * k + 10 * severity + i)
+    got = score(tmp_path, "--bench=imagenet_c", f"--ckpt={tmp_path / 'model.pt'}",
+                f"--data={tmp_path / 'c'}")
+    whole = partial(crop.cut_centre, size=32, ratio=1.0)
+    for name, place in ("gaussian_noise", "noise/gaussian_noise"), ("fog", "fog"):
+        expected = [100 - predictions(net, tmp_path / "c" / place / str(s), names, whole)
+                    for s in range(1, 6)]
+        assert got["errors"][name] == pytest.approx(expected)
+    assert got["mce"] is None and got["n"] == 40 and got["clean"] == 50
+    assert len(got["missing"]) == 13 and "no mCE: shot_noise" in capsys.readouterr().err
+    shutil.rmtree(tmp_path / "c" / "noise" / "gaussian_noise" / "3")
+    again = score(tmp_path, "--bench=imagenet_c", f"--ckpt={tmp_path / 'model.pt'}",
+                  f"--data={tmp_path / 'c'}")
+    assert again["missing"][0] == "gaussian_noise" and list(again["errors"]) == ["fog"]
+
+
+def test_predictions_are_made_among_the_folders_only(tmp_path):
+    """ImageNet-A, -R, -Sketch: classes are found by name, not by place, and only those that have a
+    folder can be predicted; one unreadable image is left out."""
+    names = ["dog", "ant", "cow", "bee"]
+    net = save_classifier(tmp_path / "model.pt", names, seed=3)
+    for k, name in enumerate(["bee", "cow", "dog"]):
+        save_images(tmp_path / "r" / name, 8, seed=k)
+    expected = predictions(net, tmp_path / "r", names, among=["bee", "cow", "dog"])
+    assert expected != predictions(net, tmp_path / "r", names)  # the protocol matters here
+    (tmp_path / "r" / "cow" / "zzz.jpg").write_text("no image")
+    got = score(tmp_path, "--bench=imagenet_r", f"--ckpt={tmp_path / 'model.pt'}",
+                f"--data={tmp_path / 'r'}")
+    assert got["imagenet_r"] == pytest.approx(expected, abs=1e-3) and got["n"] == 24
+    assert got["classes"] == 3
+
+
+def test_map_scores_equal_a_float64_loop(tmp_path):
+    """Figures 5 and 6 in numbers: cross-entropy, IoU at 0.5, area and angle of each exemplar by a
+    plain loop; the total is their mean and skill 1 - loss / baseline."""
+    boxes = crop.sample_boxes(rand(2, 3, 6))
+    theta = crop.affine_from_boxes(boxes)
+    maps, logits, mean = crop.rasterize_maps(theta, 16), 4 * rand(2, 3, 16, 16, seed=1) - 2, rand(16, 16)
+    got = evaluate.map_scores(logits, maps, theta, mean.clamp(0.1, 0.9))
+    for b in range(2):
+        for k in range(3):
+            t, p = maps[b, k], logits[b, k].sigmoid()
+            ce, base = (-(t * q.log() + (1 - t) * (1 - q).log()).mean()
+                        for q in (p, mean.clamp(0.1, 0.9)))
+            both = sum(bool(x > 0.5 and y) for x, y in zip(p.flatten(), t.flatten()))
+            either = sum(bool(x > 0.5 or y) for x, y in zip(p.flatten(), t.flatten()))
+            _, _, w, h, angle, _ = boxes[b, k]
+            expected = torch.stack([ce, base, w * h, angle.abs().rad2deg(), ce * 0 + both / either])
+            torch.testing.assert_close(got[b, k], expected)
+    machine = pretrain.Machine(torch.device("cpu"), 0, 1, "float32", False)
+    total = evaluate.map_report(got, machine)
+    means = got.mean((0, 1))
+    assert total["skill"] == pytest.approx(1 - (means[0] / means[1]).item())
+    assert total["iou"] == pytest.approx(100 * means[4].item()) and total["n"] == 2
+    assert len(total["parts"]) == 7 and "r0" in list(total["parts"])[0]
+
+
+def test_maps_are_measured_from_a_checkpoint(tmp_path):
+    """--bench=maps takes any pre-training ckpt.pt and any folder of images, however deep."""
+    demo(tmp_path / "run", "--max_steps=1")
+    save_images(tmp_path / "photos" / "deep" / "er", 20)
+    got = score(tmp_path, "--bench=maps", f"--ckpt={tmp_path / 'run' / 'ckpt.pt'}",
+                f"--data={tmp_path / 'photos'}")
+    assert got["n"] == 20 and got["loss"] == pytest.approx(math.log(2), rel=0.02)
+    assert Image.open(tmp_path / "figures.png").width > 600
+
+
+@pytest.mark.parametrize("flags, words", [
+    (["--bench=top2"], "choose one of top1, knn"),
+    (["--ckpt=/no/file"], "there is no file '/no/file'"),
+    (["--ckpt={tmp}/vit.pt"], "has no classifier"),
+    (["--bench=knn", "--ckpt=scratch"], "needs --model"),
+    (["--bench=maps"], "takes the ckpt.pt of a pre-training run"),
+    (["--data=/no/folder"], "there is no folder '/no/folder'"),
+    (["--data={tmp}/loose"], "has no images in class folders"),
+    (["--bench=imagenet_r", "--data={tmp}/odd"], "1 classes that the 3 known ones lack: dog"),
+    (["--bench=imagenet_a", "--data={tmp}/empty"], "has no images in 1 of its class folders: bee"),
+    (["--bench=imagenet_c", "--data={tmp}/odd"], "has none of the 15 corruptions"),
+])
+def test_evaluation_that_cannot_work_is_named(flags, words, tmp_path):
+    """A wrong layout, an unknown or empty class, another kind of file: one clear sentence."""
+    save_classifier(tmp_path / "model.pt", ["ant", "bee", "cat"])
+    torch.save(model.build_encoder("vit_t16").state_dict(), tmp_path / "vit.pt")
+    save_images(tmp_path / "loose", 2)
+    for place in ("odd/ant", "odd/dog", "empty/ant"):
+        save_images(tmp_path / place, 2)
+    (tmp_path / "empty" / "bee").mkdir()
+    with pytest.raises(InputError, match=re.escape(words)):
+        score(tmp_path, f"--ckpt={tmp_path / 'model.pt'}", f"--data={tmp_path / 'odd'}",
+              *(flag.format(tmp=tmp_path) for flag in flags))
+
+
+# --------------------------------------------------------------------- 8. files and bad input
 
 @pytest.mark.parametrize("flags, words", [
     (["--batchsize=4"], "unknown flag --batchsize; did you mean --batch_size"),
@@ -1474,7 +1655,7 @@ def test_every_command_of_the_readme_parses():
     loose = [f for f in re.findall(r"`(--[^`]*=[^`]*)`", text) if "FILE" not in f]
     assert len(loose) >= 15
     for flags in loose:  # of one script at least
-        known = {"--" + f.name for config, _ in scripts.values() for f in dataclasses.fields(config)}
+        known = {"--" + f.name for c, _ in scripts.values() for f in dataclasses.fields(c)}
         assert {word.split("=")[0] for word in flags.split()} <= known, flags
     assert "pip install -r requirements.txt && python pretrain.py --preset=demo" in blocks
     assert "pip install -r requirements.txt && pytest" in blocks
