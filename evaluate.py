@@ -254,7 +254,7 @@ ALEXNET = {  # mean top-1 error over the five severities, from the benchmark's a
 
 
 def corruption_error(errors):
-    """{corruption: five errors in percent} -> (mCE, the plain mean error). mCE: the mean over the 15
+    """{corruption: five errors in percent} -> (mCE, the plain mean error). mCE: the mean over 15
     corruptions of the error relative to AlexNet's, in percent; None when a corruption is missing.
     """
     means = {name: sum(e) / len(e) for name, e in errors.items()}

@@ -1326,7 +1326,8 @@ def test_attacks_stay_in_the_ball_and_hurt(tmp_path, classes3):
     assert loss[1] > loss[0] + 0.01
     flags = [f"--ckpt={tmp_path / 'model.pt'}", f"--data={classes3}"]
     clean = predictions(net, classes3 / "val", ["ant", "bee", "cat"])
-    assert score(tmp_path, "--bench=fgsm", "--eps=0", *flags)["fgsm"] == pytest.approx(clean, abs=1e-3)
+    none = score(tmp_path, "--bench=fgsm", "--eps=0", *flags)
+    assert none["fgsm"] == none["clean"] == pytest.approx(clean, abs=1e-3)
     one = score(tmp_path, "--bench=pgd", "--eps=8", "--step=4", *flags)
     assert one["pgd"] < one["clean"] == pytest.approx(clean, abs=1e-3) and one["n"] == 21
     two = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
@@ -1394,13 +1395,13 @@ def test_map_scores_equal_a_float64_loop(tmp_path):
     plain loop; the total is their mean and skill 1 - loss / baseline."""
     boxes = crop.sample_boxes(rand(2, 3, 6))
     theta = crop.affine_from_boxes(boxes)
-    maps, logits, mean = crop.rasterize_maps(theta, 16), 4 * rand(2, 3, 16, 16, seed=1) - 2, rand(16, 16)
-    got = evaluate.map_scores(logits, maps, theta, mean.clamp(0.1, 0.9))
+    maps, mean = crop.rasterize_maps(theta, 16), rand(16, 16).clamp(0.1, 0.9)
+    logits = 4 * rand(2, 3, 16, 16, seed=1) - 2
+    got = evaluate.map_scores(logits, maps, theta, mean)
     for b in range(2):
         for k in range(3):
             t, p = maps[b, k], logits[b, k].sigmoid()
-            ce, base = (-(t * q.log() + (1 - t) * (1 - q).log()).mean()
-                        for q in (p, mean.clamp(0.1, 0.9)))
+            ce, base = (-(t * q.log() + (1 - t) * (1 - q).log()).mean() for q in (p, mean))
             both = sum(bool(x > 0.5 and y) for x, y in zip(p.flatten(), t.flatten()))
             either = sum(bool(x > 0.5 or y) for x, y in zip(p.flatten(), t.flatten()))
             _, _, w, h, angle, _ = boxes[b, k]
