@@ -312,26 +312,29 @@ def maps(cfg, machine):
     source = crop.open_images(validation_place(cfg.data), "val", crop.read_classes(cfg.classes))
     dataset = pretrain.contexts_of(source, range(len(source)), recipe, replace=False)
     u, mean = pretrain.uniforms(recipe, (5,), len(source)), pretrain.mean_map(recipe, machine)
-    table = torch.zeros(len(source), recipe.exemplars, 5, device=machine.device)
-    picture = None
-    for contexts, numbers in Batches(dataset, cfg.workers, machine, batch=16):
+
+    def predict(contexts, numbers):  # -> context, exemplars, maps, theta, logits
         pairs = pretrain.make_pairs(contexts, machine.send(u[numbers]), recipe)
         with pretrain.measuring(cim, machine):
-            logits = cim(*pairs[:3])[1].float()
-        table[machine.send(numbers)] = map_scores(logits, *pairs[2:], mean)
-        if picture is None and machine.rank == 0:
-            picture = crop.contact_sheet(*(x[:cfg.rows].cpu() for x in (*pairs, logits)))
+            return *pairs, cim(*pairs[:3])[1].float()
+
+    table = torch.zeros(len(source), recipe.exemplars, 5, device=machine.device)
+    for contexts, numbers in Batches(dataset, cfg.workers, machine, batch=16):
+        table[machine.send(numbers)] = map_scores(*predict(contexts, numbers)[2:], mean)
     machine.sum(table)
-    if picture:
+    seen = (table[:, 0, 2] > 0).nonzero().squeeze(1)  # their areas
+    if not len(seen):
+        raise InputError(f"none of the images in {cfg.data!r} could be read")
+    if machine.rank == 0:  # images from all over the folder
+        shown = seen[torch.linspace(0, len(seen) - 1, cfg.rows).long()].tolist()
+        contexts, numbers = crop.collate([dataset[0, i] for i in shown])[0]
+        picture = crop.contact_sheet(*(x.cpu() for x in predict(machine.send(contexts), numbers)))
         make_folder(folder_of(cfg))
         save_file(os.path.join(folder_of(cfg), "figures.png"), lambda f: picture.save(f, "PNG"))
-    seen = table[:, 0, 2] > 0  # the area
-    if not seen.any():
-        raise InputError(f"none of the images in {cfg.data!r} could be read")
     return map_report(table[seen].cpu().double(), machine)
 
 
-def map_scores(logits, maps, theta, mean):
+def map_scores(maps, theta, logits, mean):
     """Of each exemplar: cross-entropy, that of the mean map, area r0, |angle| in degrees and IoU at
     0.5: [B, K, 5]. logits and maps [B, K, m, m], theta [B, K, 2, 3], mean [m, m]."""
     def entropy(x):
@@ -393,14 +396,13 @@ def main(argv=None):
         return
     seconds = time.perf_counter() - began
     images = result["n"] + result.get("bank", 0)
-    scores = {k: round(v, 4) if isinstance(v, float) else v for k, v in result.items()}
-    report = dict(bench=cfg.bench, **scores, seconds=round(seconds, 2),
-                  images_per_s=round(images / seconds, 2), ckpt=cfg.ckpt, data=cfg.data,
-                  use_target=cfg.use_target, processes=machine.world, dtype=machine.dtype)
-    for name, value in scores.items():
-        if isinstance(value, (int, float)):
-            unit = "%" if isinstance(value, float) and name not in FRACTIONS else ""
-            print(f"{name:>10}  {value:g}{unit}")
+    report = dict(bench=cfg.bench, **result, seconds=seconds, images_per_s=images / seconds,
+                  ckpt=cfg.ckpt, data=cfg.data, use_target=cfg.use_target, processes=machine.world, dtype=machine.dtype)
+    report = json.loads(json.dumps(report), parse_float=lambda x: round(float(x), 4))
+    for name in result:
+        if isinstance(report[name], (int, float)):
+            unit = "%" if isinstance(report[name], float) and name not in FRACTIONS else ""
+            print(f"{name:>10}  {report[name]:g}{unit}")
     text = json.dumps(report)
     make_folder(folder_of(cfg))
     save_file(os.path.join(folder_of(cfg), cfg.bench + "_target" * cfg.use_target + ".json"),

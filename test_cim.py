@@ -1397,7 +1397,7 @@ def test_map_scores_equal_a_float64_loop(tmp_path):
     theta = crop.affine_from_boxes(boxes)
     maps, mean = crop.rasterize_maps(theta, 16), rand(16, 16).clamp(0.1, 0.9)
     logits = 4 * rand(2, 3, 16, 16, seed=1) - 2
-    got = evaluate.map_scores(logits, maps, theta, mean)
+    got = evaluate.map_scores(maps, theta, logits, mean)
     for b in range(2):
         for k in range(3):
             t, p = maps[b, k], logits[b, k].sigmoid()
