@@ -29,8 +29,8 @@ import torch.nn.functional as F
 import crop
 import pretrain
 from crop import InputError
-from finetune import (Batches, accuracy, centre_crops, labelled_data, load_weights, match_labels,
-                      read_weights)
+from finetune import (Batches, accuracy, centre_crops, check_size, labelled_data, load_weights,
+                      match_labels, read_weights)
 from model import ENCODERS, Classifier
 from pretrain import (check_values, load_checkpoint, make_folder, parse_config, run, save_file,
                       setup_machine)
@@ -49,8 +49,8 @@ class Config:
     data: str = "data/imagenet"  # a folder with val/CLASS/* or CLASS/*, or a built-in source
     classes: str = ""  # a file with the names of the class folders to keep, one a line
     out: str = ""  # where BENCH.json goes; by default the folder of --ckpt
-    size: int = 0  # pixels; 0 is the size that a classifier was validated at, else 224
-    test_crop: float = 0.95  # side of the centre crop as a fraction of the shorter side
+    size: int = 0  # pixels; 0 is what a classifier was validated at, else 224
+    test_crop: float = 0.0  # centre crop over shorter side; 0 is as validated, else 0.95
     k: int = 20  # nearest neighbours that vote (knn)
     temperature: float = 0.07  # of their votes, exp(cosine / temperature) (knn)
     eps: float = 1.0  # largest change of a pixel in 255ths (fgsm, pgd)
@@ -70,16 +70,16 @@ class Config:
 # --------------------------------------------------------------------------------- 2. the model
 
 def load_model(cfg, machine):
-    """-> (Classifier in evaluation mode on the device, its class names, the pixels it was validated
-    at, the top-1 that it reached there).
+    """-> (Classifier in evaluation mode on the device, its class names, (pixels, centre crop) that
+    it was validated at, the top-1 that it reached there).
 
     The class names are None for an encoder without a head; its features are then its own tokens,
     pooled. Raises InputError when the file is none, or not what --model says.
     """
-    classes, size, top1 = None, 224, None
+    classes, size, ratio, top1 = None, 224, 0.95, None
     if cfg.ckpt == "scratch":
-        if cfg.model == "auto":
-            raise InputError("--ckpt=scratch needs --model")
+        if cfg.model == "auto" or cfg.use_target:
+            raise InputError("--ckpt=scratch needs --model, and has no target")
         torch.manual_seed(cfg.seed)
         model = Classifier(cfg.model, 1, probe=True)
     else:
@@ -87,29 +87,32 @@ def load_model(cfg, machine):
         if cfg.model not in ("auto", name):
             raise InputError(f"{cfg.ckpt!r} holds {name}, not {cfg.model}; leave out --model")
         probe = True
-        if "classes" in saved:
-            classes, size = saved["classes"], saved["config"]["test_size"]
-            probe, top1 = saved["config"]["frozen"], saved.get("top1")
-        model = Classifier(name, len(classes or "1"), probe=probe)
+        if saved.keys() >= {"weights", "classes", "config"}:  # a model.pt
+            classes, config, top1 = saved["classes"], saved["config"], saved.get("top1")
+            size, ratio, probe = config["test_size"], config["test_crop"], config["frozen"]
+        model = Classifier(name, len(classes) if classes else 1, probe=probe)
         load_weights(model, state, cfg.ckpt, head=classes is not None)
-    return model.to(machine.device).eval(), classes, cfg.size or size, top1
+    view = cfg.size or size, cfg.test_crop or ratio
+    check_size(cfg.model if cfg.ckpt == "scratch" else name, view[0])
+    return model.to(machine.device).eval(), classes, view, top1
 
 
 # ---------------------------------------------------------------------------------- 3. accuracy
 
 def load_classifier(cfg, machine):
-    """-> (Classifier, its class names, pixels, the top-1 that it ended its training with)."""
-    model, classes, size, top1 = load_model(cfg, machine)
+    """load_model, where there must be a classifier."""
+    model, classes, view, top1 = load_model(cfg, machine)
     if classes is None:
         raise InputError(f"{cfg.ckpt!r} has no classifier: --bench={cfg.bench} takes the model.pt "
                          "that finetune.py writes")
-    return model, classes, size, top1
+    return model, classes, view, top1
 
 
-def class_folders(place, known, keep=None):
+def class_folders(place, known, machine, keep=None):
     """-> (source, labels among the `known` classes, labelled rows) of a folder of class folders or
     a built-in source. Raises InputError: a class that is not known, an empty class folder."""
-    source = crop.open_images(place, "val", keep)
+    with machine.first():
+        source = crop.open_images(place, "val", keep)
     labels = match_labels(source, known, place)
     if os.path.isdir(place):
         folders = {f.name for f in os.scandir(place) if f.is_dir() and f.name[0] != "."}
@@ -131,10 +134,10 @@ def validation_place(data):
 
 def top1(cfg, machine, attack=None):
     """Top-1 and top-5 accuracy of a classifier on centre crops; classes are found by name."""
-    model, classes, size, _ = load_classifier(cfg, machine)
-    source, labels, rows = class_folders(validation_place(cfg.data), classes,
+    model, classes, view, _ = load_classifier(cfg, machine)
+    source, labels, rows = class_folders(validation_place(cfg.data), classes, machine,
                                          crop.read_classes(cfg.classes))
-    images = Batches(centre_crops(source, rows, size, cfg.test_crop), cfg.workers, machine)
+    images = Batches(centre_crops(source, rows, *view), cfg.workers, machine)
     score = accuracy(model, images, labels, machine, attack=attack)
     return dict(top1=score["top1"], top5=score["top5"], n=score["n"])
 
@@ -144,16 +147,15 @@ def top1(cfg, machine, attack=None):
 def normalised_features(model, images, count, machine):
     """-> ([n, width] features of unit length on the device, their numbers in the source [n]) of
     the readable images among `count`, on every process."""
-    table = torch.zeros(count, model.head.in_features + 1, device=machine.device)
+    table = torch.zeros(count, model.head.in_features, device=machine.device)
     with torch.no_grad():
         for x, numbers in images:
             with machine.autocast():
                 features = model.features(crop.normalize(x.float() / 255))
-            features = F.normalize(features.float())
-            table[machine.send(numbers)] = F.pad(features, (0, 1), value=1)  # and a mark
+            table[machine.send(numbers)] = F.normalize(features.float())
     machine.sum(table)
-    seen = table[:, -1].nonzero().squeeze(1)
-    return table[seen, :-1], seen.cpu()
+    seen = table.any(1)  # others are nought
+    return table if seen.all() else table[seen], seen.nonzero().squeeze(1).cpu()
 
 
 def vote(queries, bank, labels, classes, k, temperature):
@@ -170,20 +172,18 @@ def vote(queries, bank, labels, classes, k, temperature):
 
 def knn(cfg, machine):
     """Weighted k-nearest-neighbour accuracy of frozen features: training images vote."""
-    model, _, size, _ = load_model(cfg, machine)
+    model, _, view, _ = load_model(cfg, machine)
     with machine.first():
         (train, rows), (val, val_rows), _ = labelled_data(cfg)
     sides = []
     for source, wanted in ((train, rows), (val, val_rows)):
-        images = Batches(centre_crops(source, wanted, size, cfg.test_crop), cfg.workers, machine)
+        images = Batches(centre_crops(source, wanted, *view), cfg.workers, machine)
         features, numbers = normalised_features(model, images, len(source), machine)
         sides.append((features, machine.send(torch.tensor(source.labels)[numbers])))
     (bank, bank_labels), (queries, labels) = sides
     mine = slice(machine.rank, None, machine.world)
-    hits = torch.zeros(1, device=machine.device)
-    if len(queries[mine]):
-        chosen = vote(queries[mine], bank, bank_labels, len(train.classes), cfg.k, cfg.temperature)
-        hits += (chosen == labels[mine]).sum()
+    chosen = vote(queries[mine], bank, bank_labels, len(train.classes), cfg.k, cfg.temperature)
+    hits = (chosen == labels[mine]).sum().float()
     machine.sum(hits)
     return dict(knn=100 * hits.item() / len(labels), n=len(labels), bank=len(bank))
 
@@ -231,15 +231,15 @@ def under_attack(cfg, machine, attack):
 def subset(cfg, machine):
     """ImageNet-A, -R and -Sketch [29, 30, 60]: folders of some of the model's classes, found by
     name; only these are predicted."""
-    model, classes, size, clean = load_classifier(cfg, machine)
-    source, labels, rows = class_folders(validation_place(cfg.data), classes)
+    model, classes, view, clean = load_classifier(cfg, machine)
+    source, labels, rows = class_folders(validation_place(cfg.data), classes, machine)
     among = sorted(set(labels[rows].tolist()))
     if machine.rank == 0:
         print(f"protocol: {len(among)} of the model's {len(classes)} classes have a folder here; "
               "only they are predicted")
     numbers = torch.full((len(classes),), -1)
     numbers[among] = torch.arange(len(among))
-    images = Batches(centre_crops(source, rows, size, cfg.test_crop), cfg.workers, machine)
+    images = Batches(centre_crops(source, rows, *view), cfg.workers, machine)
     score = accuracy(model, images, numbers[labels], machine, among=among)
     return {cfg.bench: score["top1"], "top5": score["top5"], "clean": clean,
             "classes": len(among), "n": score["n"]}
@@ -266,7 +266,7 @@ def corruption_error(errors):
 def imagenet_c(cfg, machine):
     """ImageNet-C [29]: CORRUPTION/SEVERITY/CLASS/*, as published or one folder deeper. The images
     have the right size already: they are not cropped."""
-    model, classes, size, clean = load_classifier(cfg, machine)
+    model, classes, view, clean = load_classifier(cfg, machine)
     errors, missing, n = {}, [], 0
     for name in ALEXNET:
         places = [os.path.join(cfg.data, name), *glob.glob(os.path.join(cfg.data, "*", name))]
@@ -276,8 +276,9 @@ def imagenet_c(cfg, machine):
             continue
         errors[name] = []
         for severity in "12345":
-            source, labels, rows = class_folders(os.path.join(places[0], severity), classes)
-            images = Batches(centre_crops(source, rows, size, 1.0), cfg.workers, machine)
+            source, labels, rows = class_folders(os.path.join(places[0], severity), classes,
+                                                 machine)
+            images = Batches(centre_crops(source, rows, view[0], 1.0), cfg.workers, machine)
             score = accuracy(model, images, labels, machine)
             errors[name].append(100 - score["top1"])
             n += score["n"]
@@ -309,7 +310,9 @@ def maps(cfg, machine):
     cim = pretrain.build_model(recipe)
     cim.load_state_dict(saved["model"])
     cim.to(machine.device).eval()
-    source = crop.open_images(validation_place(cfg.data), "val", crop.read_classes(cfg.classes))
+    with machine.first():
+        source = crop.open_images(validation_place(cfg.data), "val",
+                                  crop.read_classes(cfg.classes))
     dataset = pretrain.contexts_of(source, range(len(source)), recipe, replace=False)
     u, mean = pretrain.uniforms(recipe, (5,), len(source)), pretrain.mean_map(recipe, machine)
 
@@ -329,7 +332,6 @@ def maps(cfg, machine):
         shown = seen[torch.linspace(0, len(seen) - 1, cfg.rows).long()].tolist()
         contexts, numbers = crop.collate([dataset[0, i] for i in shown])[0]
         picture = crop.contact_sheet(*(x.cpu() for x in predict(machine.send(contexts), numbers)))
-        make_folder(folder_of(cfg))
         save_file(os.path.join(folder_of(cfg), "figures.png"), lambda f: picture.save(f, "PNG"))
     return map_report(table[seen].cpu().double(), machine)
 
@@ -390,6 +392,8 @@ def main(argv=None):
     """Run one bench; print its scores and, as the last line, its JSON."""
     cfg = parse_config(Config, {}, argv, __doc__.split("\n")[0])
     machine = setup_machine(cfg.device, cfg.dtype, "false")
+    with machine.first():
+        make_folder(folder_of(cfg))
     began = time.perf_counter()
     result = BENCHES[cfg.bench](cfg, machine)
     if machine.rank > 0:
@@ -397,14 +401,14 @@ def main(argv=None):
     seconds = time.perf_counter() - began
     images = result["n"] + result.get("bank", 0)
     report = dict(bench=cfg.bench, **result, seconds=seconds, images_per_s=images / seconds,
-                  ckpt=cfg.ckpt, data=cfg.data, use_target=cfg.use_target, processes=machine.world, dtype=machine.dtype)
+                  ckpt=cfg.ckpt, data=cfg.data, use_target=cfg.use_target,
+                  processes=machine.world, dtype=machine.dtype)
     report = json.loads(json.dumps(report), parse_float=lambda x: round(float(x), 4))
     for name in result:
         if isinstance(report[name], (int, float)):
             unit = "%" if isinstance(report[name], float) and name not in FRACTIONS else ""
             print(f"{name:>10}  {report[name]:g}{unit}")
     text = json.dumps(report)
-    make_folder(folder_of(cfg))
     save_file(os.path.join(folder_of(cfg), cfg.bench + "_target" * cfg.use_target + ".json"),
               lambda f: f.write(text.encode()))
     print(text)

@@ -25,6 +25,7 @@ import os
 import re
 import sys
 import time
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 
@@ -104,6 +105,8 @@ class Config:
         """Raise InputError for values that cannot work, before any work starts."""
         check_values(self, recipe=RECIPES, model=("auto", *ENCODERS), loss=("ce", "bce"),
                      optimizer=("adamw", "sgd"))
+        if self.test_crop == 0:
+            raise InputError("--test_crop 0 must be above 0")
         if self.randaugment > 10:
             raise InputError(f"--randaugment {self.randaugment:g}: the scale goes from 0 to 10")
         if not 0 < self.scale[0] <= self.scale[1] <= 1:
@@ -160,7 +163,8 @@ def labelled_data(cfg):
     if not rows or not val_rows:
         raise InputError(f"{cfg.data!r} has no labelled images to "
                          f"{'validate' if rows else 'train'} on: they lie in class folders")
-    return (train, rows), (val, val_rows), f"{sentence}, {len(train.classes)} classes"
+    return (train, rows), (val, val_rows), (f"{sentence}; {len(rows)} and {len(val_rows)} of them "
+                                            f"labelled, {len(train.classes)} classes")
 
 
 class RandAugment(v2.RandAugment):
@@ -189,7 +193,7 @@ class RandAugment(v2.RandAugment):
 
 def make_mix(cfg, classes):
     """(images [B, 3, h, w], labels [B]) -> (images, targets [B, classes]): MixUp or CutMix, evenly,
-    with the next image of the batch; targets sum to 1."""
+    with the neighbour in the batch; targets sum to 1."""
     kinds = [kind(alpha=alpha, num_classes=classes)
              for kind, alpha in ((v2.MixUp, cfg.mixup), (v2.CutMix, cfg.cutmix)) if alpha > 0]
     if not kinds:
@@ -220,8 +224,8 @@ def read_weights(path, use_target=False):
     encoder. Raises InputError when the file is something else.
     """
     if not os.path.exists(path):
-        raise InputError(f"there is no file {path!r}: --init takes the encoder.pt that pretrain.py "
-                         "writes, another file of weights, or scratch")
+        raise InputError(f"there is no file {path!r}: wanted is the encoder.pt that pretrain.py "
+                         "writes, another file of weights, or the word scratch")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the released file has one
             saved = state = torch.load(path, map_location="cpu", weights_only=True)
@@ -230,7 +234,8 @@ def read_weights(path, use_target=False):
     for entry in ("model", "weights", "state_dict"):  # checkpoints, model.pt, timm's
         if isinstance(state, dict) and isinstance(state.get(entry), dict):
             state = state[entry]
-    if not isinstance(state, dict) or not all(torch.is_tensor(v) for v in state.values()):
+    if not isinstance(state, dict) or not all(
+            isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
         raise InputError(f"{path!r} is not a state dict, nor a checkpoint with one")
     state = {k.removeprefix("module.").removeprefix("encoder."): v for k, v in state.items()}
     ours, released = ([k for k in state if k.startswith(p)] for p in ("target.", "blocks_c."))
@@ -292,7 +297,8 @@ def load_weights(model, state, path, head=False):
                              f"{list(mine[key].shape)}; nothing was loaded")
         mine[key] = old[theirs]
     model.load_state_dict(mine)
-    left = sorted({re.sub(r"[._].*", "", k) for k in state.keys() - (set(wanted.values()) - new)})
+    left = Counter(k.split(".")[0] for k in state.keys() - (set(wanted.values()) - new))
+    left = [f"{part} ({count})" for part, count in sorted(left.items())]
     return (f"{len(wanted) - len(new)} tensors from {path}; new: {', '.join(sorted(new)) or 'none'}"
             f"; left out: {', '.join(left) or 'none'}")
 
@@ -305,6 +311,14 @@ def resize_table(table, count):
     return torch.cat([table[:, :1], resize_positions(table[:, 1:], side, side)], 1)
 
 
+def check_size(name, size):
+    """Raise InputError where images of `size` pixels are not whole patches of the encoder."""
+    patch = ENCODERS[name][2] if ENCODERS[name] else 1
+    if size % patch:
+        raise InputError(f"images of {size} pixels are no whole patches of {patch} ({name}): "
+                         f"{max(1, round(size / patch)) * patch} would be")
+
+
 def choose_encoder(cfg, found):
     """The encoder's name: what the file holds (None: scratch), which must suit the recipe.
     Raises InputError when it does not, and when images are not whole patches of it."""
@@ -312,6 +326,8 @@ def choose_encoder(cfg, found):
     name = (found or usual) if cfg.model == "auto" else cfg.model
     if name is None:
         raise InputError(f"--recipe={cfg.recipe} --init=scratch needs --model")
+    if cfg.init == "scratch" and cfg.use_target:
+        raise InputError("--init=scratch has no target: leave out --use_target")
     if found and name != found:
         raise InputError(f"{cfg.init!r} holds {found}, not {name}; leave out --model")
     others = "resnet50_100" if name == "resnet50" else "vit_b"
@@ -320,11 +336,8 @@ def choose_encoder(cfg, found):
                          f"--recipe={others}, or insist with --model={name}")
     if name == "resnet50" and cfg.drop_path > 0:
         raise InputError("resnet50 has no stochastic depth: add --drop_path=0")
-    patch = ENCODERS[name][2] if ENCODERS[name] else 1
-    for size in (cfg.image_size, cfg.test_size):
-        if size % patch:
-            raise InputError(f"images of {size} pixels are no whole patches of {patch}: choose "
-                             "another --image_size and --test_size")
+    check_size(name, cfg.image_size)
+    check_size(name, cfg.test_size)
     return name
 
 
@@ -460,8 +473,12 @@ def main(argv=None):
         found, weights, _ = read_weights(cfg.init, cfg.use_target)
     cfg = dataclasses.replace(cfg, model=choose_encoder(cfg, found))
     plan = make_plan(cfg, machine, len(rows))
+    if plan.micro == 1 and (cfg.frozen or cfg.model == "resnet50"):
+        raise InputError(f"--batch_size {cfg.batch_size} leaves a process one image at a time, too "
+                         "few for BatchNorm: choose one with more divisors, or --micro_batch")
     model, optimizer = build(cfg, len(classes), machine)
-    loaded = load_weights(model, weights, cfg.init) if weights else cfg.init
+    loaded = (load_weights(model, weights, cfg.init) if weights else
+              checkpoint if saved else "none, from scratch")
     if saved:
         start = resume(saved, checkpoint, cfg, machine, plan, model, optimizer)
     if start >= plan.stop:

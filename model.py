@@ -19,7 +19,6 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torchvision.ops import StochasticDepth
 
 
 # --------------------------------------------------------------------------------- 1. positions
@@ -75,14 +74,31 @@ class MLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x)))
 
 
-class Block(nn.Module):
-    """A pre-norm transformer layer; drop_path: probability that an image skips a branch of it."""
+class DropPath(nn.Module):
+    """Stochastic depth: in training, an image skips the branch with probability p; what stays is
+    scaled up. torchvision's takes p as a number, which makes the compiler compile every block
+    anew until it gives up; as a tensor it is the same code for all."""
 
-    def __init__(self, width, drop_path=0.0):
+    def __init__(self, p):
+        super().__init__()
+        self.register_buffer("keep", torch.tensor(1.0 - p), persistent=False)
+
+    def forward(self, x):
+        if not self.training:
+            return x
+        kept = torch.rand(len(x), 1, 1, device=x.device) < self.keep
+        return x * (kept / self.keep).to(x.dtype)
+
+
+class Block(nn.Module):
+    """A pre-norm transformer layer; drop_path: probability that an image skips a branch of it, or
+    None for none of that."""
+
+    def __init__(self, width, drop_path=None):
         super().__init__()
         self.norm1, self.attn = nn.LayerNorm(width, eps=1e-6), Attention(width)
         self.norm2, self.mlp = nn.LayerNorm(width, eps=1e-6), MLP(width)
-        self.drop_path = StochasticDepth(drop_path, "row")
+        self.drop_path = nn.Identity() if drop_path is None else DropPath(drop_path)
 
     def forward(self, x):
         x = x + self.drop_path(self.attn(self.norm1(x)))
@@ -118,8 +134,8 @@ class ViT(nn.Module):
         positions = torch.cat([torch.zeros(1, width), positions])[None]
         self.pos_embed = nn.Parameter(positions, requires_grad=False)
         self.patch_embed = PatchEmbed(patch, width)
-        self.blocks = nn.ModuleList([Block(width, drop_path * i / max(1, depth - 1))
-                                     for i in range(depth)])
+        rates = [drop_path * i / max(1, depth - 1) if drop_path else None for i in range(depth)]
+        self.blocks = nn.ModuleList([Block(width, rate) for rate in rates])
         self.norm = nn.LayerNorm(width, eps=1e-6)
         nn.init.normal_(self.cls_token, std=0.02)
         self.apply(init_linear)

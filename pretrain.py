@@ -136,7 +136,7 @@ FREE = ("out", "micro_batch", "device", "compile", "workers", "log_every", "eval
 
 POSITIVE = ("context_size", "exemplar_size", "exemplars", "decoder_width", "decoder_depth",
             "epochs", "batch_size", "lr", "lr_batch", "log_every", "image_size", "test_size",
-            "test_crop", "repeats", "eval_epochs", "layer_decay", "k", "temperature", "steps",
+            "repeats", "eval_epochs", "layer_decay", "k", "temperature", "steps",
             "rows")
 BOUNDS = {("flip", "jitter", "gray", "blur", "solarize", "tau", "erasing", "test_crop",
            "randaugment_p"): "at most 1",
@@ -339,7 +339,7 @@ def split_batch(batch_size, micro_batch, machine):
     most = micro_batch or (512 if machine.device.type == "cuda" else 32)
     fits = max(k for k in range(1, min(most, share) + 1) if share % k == 0)
     if micro_batch and fits != micro_batch:
-        raise InputError(f"--micro_batch {micro_batch} does not divide the {share} contexts of a "
+        raise InputError(f"--micro_batch {micro_batch} does not divide the {share} images of a "
                          f"process; {fits} would")
     return fits, share // fits
 
@@ -394,7 +394,8 @@ def micro_batches(cfg, plan, rank, steps, repeats=1):
 
     An epoch is a permutation of the images seeded by (seed, epoch); step s takes its s-th slice of
     batch_size, each process its part of the slice. Repeated augmentation shows each image `repeats`
-    times in a step, each time as if in another epoch, and 1 / repeats of the images in an epoch.
+    times in a step (where a slice ends between, in two), each time as if in another epoch, and
+    1 / repeats of the images in an epoch.
     """
     shuffled = None
     for step in steps:
@@ -587,8 +588,12 @@ def resume(saved, path, cfg, machine, plan, model, optimizer):
     if differ:
         raise InputError(f"{path!r} belongs to a run that differs in {', '.join(differ)}; give the "
                          "same flags to go on with it, or another --out to start afresh")
-    model.load_state_dict(saved["model"])
-    optimizer.load_state_dict(saved["optimizer"])
+    try:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise InputError(f"{path!r} does not fit this version of the code; name another --out to "
+                         "start afresh") from error
     return saved["step"]
 
 
@@ -950,9 +955,9 @@ def run(main):
         told = os.environ.get("RANK", "0") != "0" and not isinstance(error, LocalError)
         sys.exit(1 if told else f"{os.path.basename(sys.argv[0])}: {error}")
     except torch.OutOfMemoryError as error:
-        sys.exit(f"out of memory: halve --micro_batch, the result is the same ({error})")
+        sys.exit(f"out of memory: a smaller --micro_batch takes less ({error})")
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from the last checkpoint, if there is one")
+        sys.exit("stopped; the same command goes on from the last checkpoint of a training run")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -981,7 +981,7 @@ def test_drop_path_keeps_the_expectation():
     """Stochastic depth: a branch is left out with probability p, growing linearly over the blocks,
     and scaled by 1 / (1 - p) where it stays; in evaluation it always stays."""
     vit = model.build_encoder("vit_t16", drop_path=0.5)
-    rates = [block.drop_path.p for block in vit.blocks]
+    rates = [1 - block.drop_path.keep.item() for block in vit.blocks]
     assert rates == pytest.approx([0.5 * i / 11 for i in range(12)])
     torch.manual_seed(0)
     block, x = vit.blocks[-1], torch.randn(1, 5, 192).expand(4000, 5, 192)
@@ -991,6 +991,20 @@ def test_drop_path_keeps_the_expectation():
     kept = parts.flatten(1).abs().amax(1) > 1e-6
     assert abs(kept.float().mean() - 0.5) < 0.03  # four standard errors
     torch.testing.assert_close(parts[kept][0], 2 * whole, atol=1e-5, rtol=1e-4)
+
+
+def test_blocks_of_any_drop_path_are_compiled_once():
+    """Table 10 on CUDA compiles each block with fullgraph: twelve rates must be one graph."""
+    graphs = []
+    vit = model.build_encoder("vit_t16", drop_path=0.1).train()
+    def backend(graph, _):
+        graphs.append(graph)
+        return graph.forward
+
+    for block in vit.blocks:
+        block.compile(fullgraph=True, dynamic=False, backend=backend)
+    vit(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert len(graphs) == 1
 
 
 def test_randaugment_is_drawn_as_timm_writes_it():
@@ -1136,10 +1150,10 @@ def test_published_models_read_our_weights(classes3, tmp_path):
     theirs.load_state_dict(saved["weights"])
     cfg = pretrain.parse_config(evaluate.Config, {}, [f"--ckpt={tmp_path / 'model.pt'}"])
     machine = pretrain.Machine(torch.device("cpu"), 0, 1, "float32", False)
-    ours, names, size, _ = evaluate.load_model(cfg, machine)
+    ours, names, view, _ = evaluate.load_model(cfg, machine)
     x = torch.randn(2, 3, 64, 64)
     torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=1e-4)
-    assert saved["classes"] == names == ["ant", "bee", "cat"] and size == 32
+    assert saved["classes"] == names == ["ant", "bee", "cat"] and view == (32, 0.95)
     timm = pytest.importorskip("timm")
     ours = model.Classifier("vit_s16", 3).eval()
     nn.init.normal_(ours.head.weight)
@@ -1244,11 +1258,13 @@ def test_pretrain_finetune_evaluate_as_commands(classes3, tmp_path):
 
 @pytest.mark.parametrize("flags, words", [
     (["--recipe=vit_l"], "choose one of vit_b, vit_s, resnet50_100"),
-    (["--init=/no/file"], "no file '/no/file': --init takes"),
+    (["--init=/no/file"], "no file '/no/file': wanted is"),
     (["--init=README.md"], "is not a file of weights"),
     (["--recipe=linear"], "--init=scratch needs --model"),
     (["--model=resnet50", "--drop_path=0.1"], "no stochastic depth"),
-    (["--image_size=30"], "no whole patches of 8"),
+    (["--image_size=30"], "no whole patches of 8 (vit_d8): 32 would be"),
+    (["--init=scratch", "--use_target"], "has no target"),
+    (["--recipe=linear", "--model=vit_d8", "--micro_batch=1"], "too few for BatchNorm"),
     (["--randaugment=11"], "0 to 10"),
     (["--scale=0,1"], "0 < low <= high"),
     (["--drop_path=1"], "below 1"),
@@ -1430,6 +1446,7 @@ def test_maps_are_measured_from_a_checkpoint(tmp_path):
     (["--ckpt=/no/file"], "there is no file '/no/file'"),
     (["--ckpt={tmp}/vit.pt"], "has no classifier"),
     (["--bench=knn", "--ckpt=scratch"], "needs --model"),
+    (["--bench=knn", "--ckpt=scratch", "--model=vit_d8", "--size=30"], "no whole patches of 8"),
     (["--bench=maps"], "takes the ckpt.pt of a pre-training run"),
     (["--data=/no/folder"], "there is no folder '/no/folder'"),
     (["--data={tmp}/loose"], "has no images in class folders"),
