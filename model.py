@@ -10,11 +10,17 @@ Read it from the bottom up or from the top down:
     6. CIM            online encoder, target encoder, decoder, loss, moving average (Eqs. 2, 3, 7)
     7. Classifier     an encoder with a head                                  (4.3, Tables 10, 11)
 
+What the paper compares with; nothing above needs it:
+
+    8. ablations      convolution as correlation, deep predictor, losses   (Figure 4a, b, Table 3)
+    9. trackers       SiamFC, SiamRPN and TransT as pretext tasks                 (Eq. 1, Table 4)
+
 Letters: B contexts, K exemplars of each, N tokens, D the width of an encoder, W of the decoder,
 m and n the sides of context and exemplar in pixels.
 """
 
 import copy
+import math
 
 import torch
 import torch.nn.functional as F
@@ -260,39 +266,57 @@ class CorrelationLayer(nn.Module):
         self.norm, self.mlp = nn.LayerNorm(width, eps=1e-6), MLP(width)
 
     def forward(self, h_c, h_z, positions):
+        h_c = self.f_c(h_c)  # DEVIATION: the residual of Eq. 5 is f_c(h_c), so that widths agree
+        h = h_c + self.correlate(h_c + positions, h_z)
+        return h + self.mlp(self.norm(h))  # Eq. 5
+
+    def correlate(self, q, h_z):
+        """Eq. 4: queries q [B, 1 or K, N, W] -> a [B, K, N, W]."""
         def split(x):  # [B, K, N, W] -> [B * K, heads, N, 32]
             return x.flatten(0, 1).unflatten(2, (self.heads, -1)).transpose(1, 2)
 
-        h_c = self.f_c(h_c)  # DEVIATION: the residual of Eq. 5 is f_c(h_c), so that widths agree
-        q = (h_c + positions).expand(-1, h_z.shape[1], -1, -1)
+        q = q.expand(-1, h_z.shape[1], -1, -1)
         a = F.scaled_dot_product_attention(split(q), split(self.f_k(h_z)), split(self.f_v(h_z)))
-        a = a.transpose(1, 2).flatten(2).view(q.shape)  # Eq. 4
-        h = h_c + a
-        return h + self.mlp(self.norm(h))  # Eq. 5
+        return a.transpose(1, 2).flatten(2).view(q.shape)
 
 
 class CorrelationDecoder(nn.Module):
     """Eqs. 4-6: h_c [B, N, D] and h_z [B, K, Nz, D] -> logits [B, K, m, m] for maps of m pixels.
 
     N is the square grid of the context. Logits, not probabilities: the sigmoid is in the loss.
+    correlation: cross_attention, or convolution (Figure 4a); predictor: linear, or deconv
+    (Figure 4b); depth and width: Figures 4c and 4d.
     """
 
-    def __init__(self, encoder_width, grid, width=512, depth=1):
+    def __init__(self, encoder_width, grid, width=512, depth=1, correlation="cross_attention",
+                 predictor="linear"):
         super().__init__()
-        self.grid = grid
+        layer = CORRELATIONS[correlation]
         self.positions = nn.Parameter(sincos_positions(grid, width), requires_grad=False)  # PE
-        self.layers = nn.ModuleList([CorrelationLayer(encoder_width if i == 0 else width,
-                                                      encoder_width, width) for i in range(depth)])
-        self.predictor = nn.Linear(width, 1)  # f_p
+        self.layers = nn.ModuleList([layer(encoder_width if i == 0 else width,
+                                           encoder_width, width) for i in range(depth)])
+        self.predictor = PREDICTORS[predictor](width)  # f_p
         self.apply(init_linear)
-        nn.init.normal_(self.predictor.weight, std=1e-3)  # the first loss is ln 2
+        *_, last = self.predictor.modules()
+        nn.init.normal_(last.weight, std=1e-3)  # the first loss is ln 2
+        nn.init.zeros_(last.bias)
 
     def forward(self, h_c, h_z, size):
         h = h_c[:, None]
         for layer in self.layers:
             h = layer(h, h_z, self.positions)
-        y = self.predictor(h).float().squeeze(-1).unflatten(2, (self.grid, self.grid))
-        return F.interpolate(y, size=(size, size), mode="bilinear")  # Eq. 6
+        return upsample(as_grid(self.predictor(h)).squeeze(2), size)  # Eq. 6
+
+
+def as_grid(tokens):
+    """Tokens [..., N, C], row by row, with a cls token in front or not -> [..., C, n, n]."""
+    n = math.isqrt(tokens.shape[-2])
+    return tokens[..., -n * n:, :].unflatten(-2, (n, n)).movedim(-1, -3)
+
+
+def upsample(y, size):
+    """Responses [B, K, n, n] of any precision -> float32 logits [B, K, size, size], bilinear."""
+    return F.interpolate(y.float(), size=(size, size), mode="bilinear")
 
 
 # --------------------------------------------------------------------------------------- 6. CIM
@@ -303,40 +327,49 @@ class CIM(nn.Module):
     encoder: a name for build_encoder; context_size: m in pixels, a multiple of the encoder's
     stride (ValueError otherwise); freeze_patch_embed: a ViT's patches are embedded by their random
     initial weights while pre-training, as in MoCo v3 and the released code.
+    bootstrap (Table 2): online_exemplar, the paper's; online_context, the other way round: the
+    online encoder sees the contexts; shared, one encoder for both and no average. loss: Table 3.
     """
 
     def __init__(self, encoder="vit_b16", context_size=160, decoder_width=512, decoder_depth=1,
-                 freeze_patch_embed=True):
+                 freeze_patch_embed=True, bootstrap="online_exemplar",
+                 correlation="cross_attention", predictor="linear", loss="ce"):
         super().__init__()
+        self.bootstrap, self.loss = bootstrap, LOSSES[loss]
         self.online = build_encoder(encoder)
         if context_size % self.online.stride:
             raise ValueError(f"context_size {context_size} is no multiple of {encoder}'s stride "
                              f"{self.online.stride}")
         if freeze_patch_embed and isinstance(self.online, ViT):
             self.online.patch_embed.requires_grad_(False)
-        self.target = copy.deepcopy(self.online).requires_grad_(False)
+        self.target = (self.online if bootstrap == "shared" else
+                       copy.deepcopy(self.online).requires_grad_(False))
         self.decoder = CorrelationDecoder(self.online.width, context_size // self.online.stride,
-                                          decoder_width, decoder_depth)
+                                          decoder_width, decoder_depth, correlation, predictor)
 
     def forward(self, context, exemplars, maps):
         """Normalised context [B, 3, m, m], exemplars [B, K, 3, n, n], maps [B, K, m, m]
         -> (loss, logits [B, K, m, m])."""
         h_c, h_z = self.encode(context, exemplars)  # Eq. 2
         logits = self.decoder(h_c, h_z, maps.shape[-1])  # Eqs. 4-6
-        return F.binary_cross_entropy_with_logits(logits, maps), logits  # Eq. 7
+        return self.loss(logits, maps), logits  # Eq. 7
 
     def encode(self, context, exemplars):
         """Eq. 2: -> h_c [B, N, D] of the target, h_z [B, K, Nz, D] of the online encoder, which
-        sees all exemplars as one batch. The cls token of the contexts has no place in a map."""
-        h_z = self.online(exemplars.flatten(0, 1)).unflatten(0, exemplars.shape[:2])
-        with torch.no_grad():
-            h_c = self.target(context)[:, self.target.prefix:]
-        return h_c, h_z
+        sees all exemplars as one batch. The cls token of the contexts has no place in a map.
+        No parameter of the target wants a gradient, so that none is computed there."""
+        f_z, f_c = self.online, self.target
+        if self.bootstrap == "online_context":
+            f_z, f_c = f_c, f_z
+        h_z = f_z(exemplars.flatten(0, 1)).unflatten(0, exemplars.shape[:2])
+        return f_c(context)[:, f_c.prefix:], h_z
 
     @torch.no_grad()
     def update_target(self, tau):
         """Eq. 3, target = tau target + (1 - tau) online, for parameters and BatchNorm statistics;
         integers (BatchNorm's counters) are copied."""
+        if self.target is self.online:  # shared
+            return
         pairs = list(zip(self.target.state_dict().values(), self.online.state_dict().values()))
         floats = [(t, o) for t, o in pairs if t.is_floating_point()]
         torch._foreach_lerp_([t for t, _ in floats], [o for _, o in floats], 1 - tau)
@@ -386,3 +419,258 @@ class Classifier(nn.Module):
         global_pool='avg'."""
         head = "head." if isinstance(self.encoder, ViT) else "fc."
         return {k: k.removeprefix("encoder.").replace("head.", head) for k in self.state_dict()}
+
+
+# -------------------------------------------------------- 8. ablations: Figure 4a, 4b and Table 3
+
+class ConvolutionLayer(CorrelationLayer):
+    """Figure 4a: correlation as convolution in place of attention. Each channel of the context is
+    convolved with that channel of the exemplar's feature map; Eq. 5 stays."""
+
+    def __init__(self, context_width, exemplar_width, width):
+        super().__init__(context_width, exemplar_width, width)
+        del self.f_v  # the keys are the kernel
+
+    def correlate(self, q, h_z):
+        """Queries q [B, 1 or K, N, W] -> [B, K, N, W], the mean over the kernel's places."""
+        (B, J, N, W), K = q.shape, h_z.shape[1]
+        kernels = as_grid(self.f_k(h_z)).unflatten(1, (J, -1)).transpose(2, 3)  # [B,J,K/J,W,n,n]
+        kernels = kernels.flatten(0, 2)[:, :, None]  # [B * J * W, K / J, 1, n, n]
+        a = cross_correlate(as_grid(q).flatten(0, 2)[:, None], kernels) / kernels[0, 0].numel()
+        return a.view(B, J, W, -1, N).permute(0, 1, 3, 4, 2).reshape(B, K, N, W)
+
+
+def cross_correlate(x, kernels):
+    """Eq. 1's correlation as a convolution: each of x [G, C, h, w] with kernels [G, O, C, n, n] of
+    its own -> [G, O, h, w], the sum of C * n * n products at each place; x is 0 outside. A kernel
+    of even side has no middle: then the mean of its four placements around the place."""
+    n = kernels.shape[-1]
+    patches = F.unfold(x, n, padding=n // 2)  # [G, C * n * n, places]
+    y = (kernels.flatten(2) @ patches).unflatten(2, (x.shape[-2] + 1 - n % 2, -1))
+    return y if n % 2 else F.avg_pool2d(y, 2, 1)
+
+
+class Deconvolutions(nn.Sequential):
+    """Figure 4b: tokens h [B, K, N, W] -> [B, K, 64 N, 1] by three deconvolutions, each of which
+    doubles the side of the grid."""
+
+    def __init__(self, width):
+        widths = (width, width // 2, width // 4, 1)
+        layers = [nn.ConvTranspose2d(i, o, 4, 2, 1) for i, o in zip(widths, widths[1:])]
+        super().__init__(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
+
+    def forward(self, h):
+        y = super().forward(as_grid(h.flatten(0, 1)))  # [B * K, 1, 8 n, 8 n]
+        return y.flatten(1).view(*h.shape[:2], -1, 1)
+
+
+def balanced_loss(logits, maps):
+    """Class-balanced cross-entropy of HED [77]: pixels inside a box weigh the share of its map that
+    is outside, and the other way round."""
+    outside = 1 - maps.mean((-2, -1), keepdim=True)
+    weight = torch.where(maps > 0, outside, 1 - outside)
+    return F.binary_cross_entropy_with_logits(logits, maps, weight)
+
+
+def mse_loss(logits, maps):
+    """Mean squared error of the probabilities."""
+    return F.mse_loss(logits.sigmoid(), maps)
+
+
+def focal_loss(logits, maps, gamma=2.0, alpha=0.25):
+    """Focal loss [37]: -alpha (1 - p)^gamma log p, with p the probability given to the truth and
+    alpha inside a box, 1 - alpha outside."""
+    log_p = -F.binary_cross_entropy_with_logits(logits, maps, reduction="none")
+    weight = torch.where(maps > 0, alpha, 1 - alpha)
+    return -(weight * (1 - log_p.exp()) ** gamma * log_p).mean()
+
+
+CORRELATIONS = {"cross_attention": CorrelationLayer, "convolution": ConvolutionLayer}
+PREDICTORS = {"linear": lambda width: nn.Linear(width, 1), "deconv": Deconvolutions}
+LOSSES = {"ce": F.binary_cross_entropy_with_logits, "balanced": balanced_loss, "mse": mse_loss,
+          "focal": focal_loss}
+BOOTSTRAPS = ("online_exemplar", "online_context", "shared")
+
+
+# ---------------------------------------------------------------------------- 9. trackers, Table 4
+
+class Tracking(CIM):
+    """A tracker's pretext task on the same pairs (Table 4): one encoder for both sides, a tracker's
+    head in place of the decoder, and its losses on the map and on the box.
+
+    head: siamfc, siamrpn or transt. Its target for the box is the tight upright box of the map.
+    """
+
+    def __init__(self, head, encoder="vit_b16", context_size=160, freeze_patch_embed=True):
+        super().__init__(encoder, context_size, freeze_patch_embed=freeze_patch_embed,
+                         bootstrap="shared")
+        self.decoder = TRACKERS[head](self.online.width, context_size // self.online.stride)
+
+    def forward(self, context, exemplars, maps):
+        """As CIM.forward."""
+        response = self.decoder.respond(*self.encode(context, exemplars))
+        logits = upsample(response[:, :, 0], maps.shape[-1])
+        loss = self.decoder.map_weight * F.binary_cross_entropy_with_logits(logits, maps)
+        if response.shape[2] > 1:
+            losses = self.decoder.box_loss(response[:, :, 1:].float(), upright_boxes(maps))
+            loss = loss + mean_inside(losses, maps)
+        return loss, logits
+
+
+def upright_boxes(maps):
+    """The tight upright boxes of maps [..., m, m] -> (cx, cy, w, h) [..., 4], as fractions of the
+    side. The whole map where it is empty."""
+    hit = torch.stack([maps.amax(-2), maps.amax(-1)], -2)  # [..., 2, m]: columns, rows
+    low, high = hit.argmax(-1), maps.shape[-1] - hit.flip(-1).argmax(-1)  # argmax: the first one
+    return torch.cat([(low + high) / 2, high - low], -1) / maps.shape[-1]
+
+
+def generalised_iou(a, b):
+    """GIoU of boxes (cx, cy, w, h) [..., 4] -> [...]: IoU less the share of the smallest box
+    around both that neither covers. (torchvision's makes the host wait for the device.)"""
+    low = [x[..., :2] - x[..., 2:] / 2 for x in (a, b)]
+    high = [x[..., :2] + x[..., 2:] / 2 for x in (a, b)]
+    both = (torch.minimum(*high) - torch.maximum(*low)).clamp(min=0).prod(-1)
+    union = a[..., 2:].prod(-1) + b[..., 2:].prod(-1) - both
+    around = (torch.maximum(*high) - torch.minimum(*low)).prod(-1)
+    return both / union - 1 + union / around
+
+
+def mean_inside(losses, maps):
+    """losses [B, K, g, g] at the places of a grid -> the mean over the places whose middle lies in
+    the map, then over maps. DEVIATION: trackers take the mean over the places of a whole batch,
+    which would depend on how a batch is split up."""
+    inside = F.interpolate(maps, size=losses.shape[-2:], mode="nearest-exact")
+    return ((losses * inside).sum((2, 3)) / inside.sum((2, 3)).clamp(min=1)).mean()
+
+
+class Head(nn.Module):
+    """What heads share: respond(h_c [B, N, D], h_z [B, K, Nz, D]) -> [B, K, 1 or 5, g, g], the
+    logit of each place of the context's grid and, where there is a box_loss, four numbers for the
+    box."""
+
+    WIDTH = 256  # channels, or the encoder's where it has fewer
+    map_weight = 1.0  # of the loss on the map; that on the box is weighted in box_loss
+
+    def forward(self, h_c, h_z, size):
+        """As CorrelationDecoder."""
+        return upsample(self.respond(h_c, h_z)[:, :, 0], size)
+
+
+class SiamFC(Head):
+    """Eq. 1 as in [4]: the exemplar's features are the kernel of a convolution, plus a bias; the
+    logistic loss on the map."""
+
+    GAIN = 9.2  # of the mean product: [4] multiply the sum of 6 x 6 x 256 by 1e-3
+
+    def __init__(self, encoder_width, grid):
+        super().__init__()
+        self.bias = nn.Parameter(torch.zeros(()))
+
+    def respond(self, h_c, h_z):
+        kernels = as_grid(h_z)
+        y = cross_correlate(as_grid(h_c), kernels) / kernels[0, 0].numel()
+        return (self.GAIN * y + self.bias)[:, :, None]
+
+
+class UpChannel(nn.Module):
+    """A branch of SiamRPN: a convolution makes `outputs` kernels of an exemplar, another one the
+    features that they are correlated with. c [B, D, g, g], z [B, K, D, n, n] -> [B, K, outputs,
+    g, g]."""
+
+    def __init__(self, encoder_width, outputs):
+        super().__init__()
+        self.width = width = min(Head.WIDTH, encoder_width)
+        self.kernel = nn.Conv2d(encoder_width, outputs * width, 3, padding=1)
+        self.search = nn.Conv2d(encoder_width, width, 3, padding=1)
+        self.adjust = nn.Conv2d(outputs, outputs, 1)
+        nn.init.dirac_(self.adjust.weight)
+        nn.init.zeros_(self.adjust.bias)
+
+    def forward(self, c, z):
+        (B, K), n = z.shape[:2], z.shape[-1]
+        kernels = self.kernel(z.flatten(0, 1)).reshape(B, -1, self.width, n, n)
+        y = cross_correlate(self.search(c), kernels) / math.sqrt(self.width * n * n)
+        return self.adjust(y.view(B * K, -1, *y.shape[2:])).unflatten(0, (B, K))
+
+
+class SiamRPN(Head):
+    """[34]: a branch for the map and one for the box, which is told relative to an anchor at each
+    place. DEVIATION: one square anchor, an exemplar of 64 pixels in a context of 160, instead of
+    five shapes, since a map has one class a place."""
+
+    ANCHOR = 0.4  # of the context's side
+
+    def __init__(self, encoder_width, grid):
+        super().__init__()
+        self.map, self.box = UpChannel(encoder_width, 1), UpChannel(encoder_width, 4)
+
+    def respond(self, h_c, h_z):
+        c, z = as_grid(h_c), as_grid(h_z)
+        return torch.cat([self.map(c, z), self.box(c, z)], 2)
+
+    def box_loss(self, response, boxes):
+        """Smooth L1 on offset and log-size relative to the anchor, times 1.2 (PySOT)."""
+        g = response.shape[-1]
+        boxes = boxes[..., None, None]  # [B, K, 4, 1, 1]
+        at = (torch.arange(g, device=boxes.device) + 0.5) / g
+        places = torch.stack([at.expand(g, g), at[:, None].expand(g, g)])
+        offsets = torch.cat([(boxes[:, :, :2] - places) / self.ANCHOR,
+                             (boxes[:, :, 2:] / self.ANCHOR).log().expand(-1, -1, -1, g, g)], 2)
+        return 1.2 * F.smooth_l1_loss(response, offsets, reduction="none").sum(2)
+
+
+class Attend(nn.Module):
+    """x + MultiHead(x + p_x, y + p_y, y) of normalised x and y, and an MLP behind it or not.
+    DEVIATION: [15] normalise after each sum; four layers of that do not learn at Table 9's rates."""
+
+    def __init__(self, width, mlp):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(width, width // 32, batch_first=True)
+        self.norm = nn.LayerNorm(width)
+        self.mlp, self.norm2 = (MLP(width), nn.LayerNorm(width)) if mlp else (None, None)
+
+    def forward(self, x, p_x, y, p_y):
+        q, k = self.norm(x), self.norm(y)
+        x = x + self.attention(q + p_x, k + p_y, k, need_weights=False)[0]
+        return x if self.mlp is None else x + self.mlp(self.norm2(x))
+
+
+class TransT(Head):
+    """[15]: four times self-attention on each side and cross-attention both ways, then the context
+    asks the exemplar once more; every place says whether it is inside and where the box is.
+    DEVIATION: no dropout, and no smaller weight for places outside the box: they are nearly all of
+    a video frame, but three quarters of a map."""
+
+    map_weight = 8.334
+
+    def __init__(self, encoder_width, grid, depth=4):
+        super().__init__()
+        width = min(Head.WIDTH, encoder_width)
+        self.positions = nn.Parameter(sincos_positions(grid, width), requires_grad=False)
+        self.project = nn.Linear(encoder_width, width)
+        self.layers = nn.ModuleList([nn.ModuleList([Attend(width, mlp) for mlp in (
+            False, False, True, True)]) for _ in range(depth)])
+        self.last, self.norm = Attend(width, mlp=True), nn.LayerNorm(width)
+        self.map, self.box = (nn.Sequential(
+            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.ReLU(),
+            nn.Linear(width, outputs)) for outputs in (1, 4))
+
+    def respond(self, h_c, h_z):
+        (B, K), n = h_z.shape[:2], math.isqrt(h_z.shape[2])
+        z = self.project(h_z[:, :, -n * n:]).flatten(0, 1)  # [B * K, n * n, W]
+        c = self.project(h_c).repeat_interleave(K, 0)  # [B * K, N, W]
+        p_c, p_z = self.positions, resize_positions(self.positions[None], n, n)
+        for self_z, self_c, cross_z, cross_c in self.layers:
+            z, c = self_z(z, p_z, z, p_z), self_c(c, p_c, c, p_c)
+            z, c = cross_z(z, p_z, c, p_c), cross_c(c, p_c, z, p_z)
+        c = self.norm(self.last(c, p_c, z, p_z))
+        return as_grid(torch.cat([self.map(c), self.box(c).sigmoid()], 2)).unflatten(0, (B, K))
+
+    def box_loss(self, response, boxes):
+        """5 times L1 on centre and size, 2 times GIoU."""
+        said, boxes = response.movedim(2, -1), boxes[:, :, None, None]  # [B, K, g, g or 1, 4]
+        return 5 * (said - boxes).abs().sum(-1) + 2 * (1 - generalised_iou(said, boxes))
+
+
+TRACKERS = {"siamfc": SiamFC, "siamrpn": SiamRPN, "transt": TransT}

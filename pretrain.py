@@ -44,7 +44,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import crop
 from crop import InputError
-from model import CIM, ENCODERS, Block, CorrelationLayer, ResNet50
+from model import (BOOTSTRAPS, CIM, CORRELATIONS, ENCODERS, LOSSES, PREDICTORS, TRACKERS, Block,
+                   CorrelationLayer, ResNet50, Tracking)
 
 
 # ------------------------------------------------------------------------------------ 1. Config
@@ -73,9 +74,14 @@ class Config:
     solarize: float = 0.2  # probability of solarisation
     # model
     model: str = "vit_b16"  # the encoder
-    decoder_width: int = 512  # channels, a multiple of 32; one head for each 32
-    decoder_depth: int = 1  # cross-attention layers
     freeze_patch_embed: bool = True  # keep a ViT's patch embedding as initialised
+    bootstrap: str = "online_exemplar"  # Table 2; or online_context, or shared: one encoder
+    decoder: str = "cim"  # or a tracker on a shared encoder: siamfc, siamrpn, transt (Table 4)
+    decoder_width: int = 512  # channels, a multiple of 32; one head for each 32 (Figure 4d)
+    decoder_depth: int = 1  # correlation layers (Figure 4c)
+    correlation: str = "cross_attention"  # or convolution (Figure 4a)
+    predictor: str = "linear"  # or deconv: three deconvolutions (Figure 4b)
+    loss: str = "ce"  # or balanced, mse, focal (Table 3)
     # optimisation
     epochs: int = 300  # passes over the images
     warmup_epochs: float = 40.0  # of linear warm-up of the learning rate
@@ -104,7 +110,9 @@ class Config:
     def __post_init__(self):
         """Raise InputError for values that cannot work, before any work starts."""
         check_values(self, preset=PRESETS, model=ENCODERS,
-                     transforms=("exemplar", "context", "both", "none"))
+                     transforms=("exemplar", "context", "both", "none"), bootstrap=BOOTSTRAPS,
+                     decoder=("cim", *TRACKERS), correlation=CORRELATIONS, predictor=PREDICTORS,
+                     loss=LOSSES)
         if self.decoder_width % 32:
             raise InputError(f"--decoder_width {self.decoder_width} is no multiple of 32")
         stride = ENCODERS[self.model][2] if ENCODERS[self.model] else ResNet50.stride
@@ -113,6 +121,19 @@ class Config:
                 raise InputError(f"--{name} {getattr(self, name)} is no multiple of {stride}, the "
                                  f"stride of {self.model}")
         crop.check_crops(self.scale, self.ratio, self.rotation)
+        if self.decoder != "cim":
+            self.refuse(f"--decoder {self.decoder}", "decoder_width", "decoder_depth",
+                        "correlation", "predictor", "loss", "bootstrap", "tau")
+        if self.bootstrap == "shared":
+            self.refuse("--bootstrap shared, which has no moving average", "tau")
+
+    def refuse(self, choice, *names):
+        """Raise InputError where a field that the choice leaves unread is not as preset."""
+        usual = {f.name: f.default for f in dataclasses.fields(self)} | PRESETS[self.preset]
+        for name in names:
+            if getattr(self, name) != usual[name]:
+                raise InputError(f"--{name} {getattr(self, name)} has no meaning with {choice}: "
+                                 "leave one of the two out")
 
 
 PRESETS = {
@@ -580,7 +601,7 @@ def resume(saved, path, cfg, machine, plan, model, optimizer):
 
     Raises InputError naming the fields in which its config differs from cfg, FREE ones excepted.
     """
-    theirs = saved["config"] | {"number of images": saved["images"]}
+    theirs = plain(type(cfg)()) | saved["config"] | {"number of images": saved["images"]}
     mine = plain(cfg) | {"dtype": machine.dtype, "number of images": plan.images}
     differ = [f"{k} ({theirs.get(k)} there, {mine.get(k)} here)"
               for k in sorted(mine.keys() | theirs.keys())
@@ -753,8 +774,8 @@ class HeldOut:
     baseline: cross-entropy of the per-pixel mean map of this crop distribution, the best predictor
     that ignores the exemplar. skill = 1 - loss / baseline: how much of the map the model reads
     from the exemplar. skill_swapped: the same with the exemplars of another image, a control that
-    must not be above 0. rank: the effective rank of the online features of the exemplars, near 1
-    when they collapse.
+    must not be above 0. rank: the effective rank of the exemplars' features, near 1 when they
+    collapse.
     """
 
     NOTHING = dict.fromkeys(("baseline", "skill", "skill_swapped", "heldout_loss", "rank"))
@@ -799,9 +820,11 @@ class HeldOut:
 
 
 def build_model(cfg):
-    """The CIM of a config, freshly initialised."""
+    """The CIM of a config, or the tracker, freshly initialised."""
+    if cfg.decoder != "cim":
+        return Tracking(cfg.decoder, cfg.model, cfg.context_size, cfg.freeze_patch_embed)
     return CIM(cfg.model, cfg.context_size, cfg.decoder_width, cfg.decoder_depth,
-               cfg.freeze_patch_embed)
+               cfg.freeze_patch_embed, cfg.bootstrap, cfg.correlation, cfg.predictor, cfg.loss)
 
 
 def count_gflop(loss_of_two):

@@ -1,7 +1,8 @@
 """test_cim.py: the lab book. Each test is one claim, checked against an oracle.
 
 In lecture order: 1. crops (paper 3.2, Figure 3, Table 1); 2. images; 3. the model (Figure 2,
-Eqs. 2-7); 4. training (Table 9); 5. honesty: does it learn what it says; 6. files and bad input.
+Eqs. 2-7); 4. ablations (Tables 1 to 4, Figure 4); 5. training (Table 9); 6. honesty: does it learn
+what it says; 7. transfer (Tables 10, 11); 8. evaluation (Table 8); 9. files and bad input.
 Nothing is downloaded, no GPU is needed. `pytest -k map` runs the tests with "map" in their name.
 """
 
@@ -37,7 +38,8 @@ from crop import InputError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = ["--preset=demo", "--device=cpu", "--dtype=float32", "--workers=0", "--batch_size=8",
-        "--decoder_width=32", "--log_every=1", "--eval_every=0"]
+        "--log_every=1", "--eval_every=0"]
+README = open(os.path.join(HERE, "README.md")).read()
 
 
 def rand(*shape, seed=0, dtype=torch.float64):
@@ -577,7 +579,213 @@ def test_the_target_normalises_contexts_by_contexts():
     assert seen[0].mean((0, 2, 3)).abs().max() < 1e-4  # normalised with its own batch
 
 
-# -------------------------------------------------------------------------------- 4. training
+# -------------------------------------------------------------------------------- 4. ablations
+
+ROWS = dict(re.findall(r"^\$run --out=out/(\S+) ?(.*)", README, re.M))  # of Tables 1-4, Figure 4
+
+
+def row_of(name):
+    """A row of an ablation with the smallest encoder and images -> model, optimiser, pairs."""
+    cfg = pretrain.parse_config(pretrain.Config, pretrain.PRESETS, [
+        "--model=vit_d8", "--context_size=32", "--exemplar_size=16", *ROWS[name].split()])
+    machine = pretrain.Machine(torch.device("cpu"), 0, 1, "float32", False)
+    dataset = pretrain.contexts_of(crop.Shapes("train"), list(range(4)), cfg)
+    (contexts, _), _ = crop.collate([dataset[0, i] for i in range(4)])
+    pairs = pretrain.make_pairs(contexts, pretrain.uniforms(cfg, (4, 0), 4), cfg)
+    cim, optimizer = pretrain.build(cfg, machine)
+    pretrain.set_learning_rate(optimizer, 1e-4)
+    return cfg, cim, optimizer, pairs[:3]
+
+
+def test_the_readme_has_every_ablation():
+    """Tables 1 to 4 and Figure 4: each value that the paper compares is a row of the README."""
+    rows = [dataclasses.asdict(row_of(name)[0]) for name in ROWS]
+    values = {k: {row[k] for row in rows} for k in rows[0]}
+    pairs = {"scale": TABLE_1[:4], "ratio": TABLE_1[3:8], "rotation": TABLE_1[8:12]}
+    for i, name in enumerate(pairs):
+        for row in pairs[name]:
+            assert any(np.allclose(row[i], value, atol=1e-3) for value in values[name]), row
+    assert values["transforms"] == {"exemplar", "context", "both", "none"}
+    assert values["bootstrap"] == set(model.BOOTSTRAPS) and values["loss"] == set(model.LOSSES)
+    assert values["decoder"] == {"cim", *model.TRACKERS}
+    assert values["correlation"] == set(model.CORRELATIONS)
+    assert values["predictor"] == set(model.PREDICTORS)
+    for name in ("decoder_depth", "decoder_width", "exemplars", "context_size", "exemplar_size",
+                 "tau", "freeze_patch_embed"):
+        assert len(values[name]) > 1, name
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_every_row_of_the_ablations_trains(name):
+    """Two steps lower the loss of the batch they were made on. Gradients reach what should learn
+    and nothing else. A batch's loss is the mean over its halves, so that micro-batches and
+    processes change nothing, and exemplars do not see each other."""
+    cfg, cim, optimizer, pairs = row_of(name)
+    loss, logits = cim(*pairs)
+    assert logits.shape == pairs[2].shape and logits.dtype == torch.float32
+    parts = [cim(*(x[half] for x in pairs))[0] for half in (slice(2), slice(2, 4))]
+    torch.testing.assert_close(sum(parts) / 2, loss, atol=1e-5, rtol=1e-5)
+    turned = cim(pairs[0], *(x.roll(1, 1) for x in pairs[1:]))[1]
+    torch.testing.assert_close(turned, logits.roll(1, 1), atol=1e-4, rtol=1e-4)
+    loss.backward()
+    for key, p in cim.named_parameters():
+        fixed = key.startswith("target.") or "pos" in key or (
+            "patch_embed" in key and cfg.freeze_patch_embed)
+        blind = key.endswith("f_k.bias") and cfg.correlation == "cross_attention"  # see above
+        assert p.requires_grad != fixed and (p.grad is None) == fixed, key
+        assert fixed or blind or p.grad.abs().max() > 1e-9, key
+    assert (cim.target is cim.online) == (cfg.bootstrap == "shared" or cfg.decoder != "cim")
+    for step in range(2):
+        optimizer.step()
+        optimizer.zero_grad()
+        cim.update_target(0.99)
+        after, _ = cim(*pairs)
+        after.backward()
+    assert after < loss
+
+
+def test_bootstrap_says_which_network_sees_what():
+    """Table 2: the exemplars are the online network's and the contexts the target's, the other way
+    round, or both the one network's; only what the online network saw carries a gradient."""
+    for bootstrap in model.BOOTSTRAPS:
+        cim = model.CIM("vit_d8", 32, 32, freeze_patch_embed=False, bootstrap=bootstrap)
+        nn.init.normal_(cim.target.cls_token)
+        context, exemplars = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 3, 16, 16)
+        h_c, h_z = cim.encode(context, exemplars)
+        f_z, f_c = dict(online_exemplar=(cim.online, cim.target), shared=(cim.online, cim.online),
+                        online_context=(cim.target, cim.online))[bootstrap]
+        torch.testing.assert_close(h_c, f_c(context)[:, 1:])
+        torch.testing.assert_close(h_z[:, 1], f_z(exemplars[:, 1]))
+        assert h_z.requires_grad == (f_z is cim.online)
+        assert h_c.requires_grad == (f_c is cim.online)
+        before = cim.online.cls_token.clone()
+        cim.update_target(0.5)
+        assert torch.equal(cim.online.cls_token, before)
+
+
+def test_the_losses_of_table_3_equal_the_formulas():
+    """Cross-entropy, HED's balanced cross-entropy, squared error and focal loss, pixel by pixel in
+    float64; the focal loss is torchvision's."""
+    logits, maps = 4 * rand(2, 3, 5, 5) - 2, (rand(2, 3, 5, 5, seed=1) > 0.7).double()
+    maps[0, 0] = 0
+    sums = dict.fromkeys(model.LOSSES, 0.0)
+    for b in range(2):
+        for k in range(3):
+            share = maps[b, k].mean().item()  # of the map that is inside
+            for x, y in zip(logits[b, k].flatten().tolist(), maps[b, k].flatten().tolist()):
+                p = 1 / (1 + math.exp(-x))
+                log_p = math.log(p if y else 1 - p)
+                sums["ce"] -= log_p
+                sums["balanced"] -= ((1 - share) if y else share) * log_p
+                sums["mse"] += (p - y) ** 2
+                sums["focal"] -= (0.25 if y else 0.75) * (1 - math.exp(log_p)) ** 2 * log_p
+    for name, loss in model.LOSSES.items():
+        assert loss(logits, maps).item() == pytest.approx(sums[name] / maps.numel()), name
+    theirs = torchvision.ops.sigmoid_focal_loss(logits, maps, 0.25, 2, "mean")
+    torch.testing.assert_close(model.focal_loss(logits, maps), theirs)
+
+
+def correlate_by_loop(x, kernel):
+    """x [C, g, g] correlated with kernel [C, n, n] -> [g, g], product by product. The kernel's
+    middle lies on the place; where n is even, on its four corners in turn, and the mean counts."""
+    (_, g, _), n = x.shape, kernel.shape[-1]
+    x, out = x.tolist(), torch.zeros(g, g).double()
+    starts = [-(n // 2)] if n % 2 else [-(n // 2), 1 - n // 2]
+    for y, col in np.ndindex(g, g):
+        for top in starts:
+            for left in starts:
+                for c, i, j in np.ndindex(*kernel.shape):
+                    row, at = y + top + i, col + left + j
+                    if 0 <= row < g and 0 <= at < g:
+                        out[y, col] += kernel[c, i, j].item() * x[c][row][at] / len(starts) ** 2
+    return out
+
+
+@pytest.mark.parametrize("n, contexts", [(2, 1), (3, 1), (4, 2)])
+def test_convolution_as_correlation_equals_a_loop(n, contexts):
+    """Figure 4a: each channel of f_c(h_c) + PE is correlated with that channel of the exemplar's
+    f_k(h_z), its cls token left out; then Eq. 5 as ever."""
+    torch.manual_seed(0)
+    layer = model.ConvolutionLayer(8, 10, 32).double()
+    h_c, h_z, positions = rand(2, contexts, 25, 8) - 0.5, rand(2, 2, 1 + n * n, 10), rand(25, 32)
+    got = layer(h_c, h_z, positions)
+    for b, k in np.ndindex(2, 2):
+        h = layer.f_c(h_c[b, k % contexts])
+        q, kernel = (h + positions).T.view(32, 5, 5), layer.f_k(h_z[b, k, 1:]).T.view(32, n, n)
+        a = torch.stack([correlate_by_loop(q[c:c + 1], kernel[c:c + 1]) for c in range(32)])
+        h = h + a.flatten(1).T / n**2
+        torch.testing.assert_close(got[b, k], h + layer.mlp(layer.norm(h)))
+
+
+def test_siamfc_is_equation_1():
+    """Eq. 1: f(z) * f(c) + b over all channels, the exemplar's feature map being the kernel."""
+    head = model.SiamFC(6, 5).double()
+    nn.init.constant_(head.bias, 0.3)
+    h_c, h_z = rand(2, 25, 6), rand(2, 3, 1 + 4, 6)
+    got = head.respond(h_c, h_z)
+    for b, k in np.ndindex(2, 3):
+        y = correlate_by_loop(h_c[b].T.view(6, 5, 5), h_z[b, k, 1:].T.view(6, 2, 2))
+        torch.testing.assert_close(got[b, k, 0], head.GAIN * y / 24 + 0.3)
+
+
+def test_the_box_of_a_map_is_tight_and_upright():
+    """The target of the trackers is the upright box of the pixels that are 1, within a pixel of
+    that of the rotated box's corners."""
+    _, boxes = uniform_boxes(300, rotation=180)
+    maps = crop.rasterize_maps(crop.affine_from_boxes(boxes).view(30, 10, 2, 3), 40)
+    got = model.upright_boxes(maps)
+    at = corners(boxes).view(30, 10, 4, 2)
+    low, high = at.amin(2), at.amax(2)
+    expected = torch.cat([(low + high) / 2, high - low], -1)
+    assert (got - expected).abs().max() <= 2 / 40  # half a pixel or one at either end
+    for (i, k), box in zip(np.ndindex(30, 10), got.flatten(0, 1)):
+        y, x = np.nonzero(maps[i, k].numpy())
+        cx, cy, w, h = (40 * box).tolist()
+        assert (x.min(), x.max() + 1) == pytest.approx((cx - w / 2, cx + w / 2))
+        assert (y.min(), y.max() + 1) == pytest.approx((cy - h / 2, cy + h / 2))
+
+
+def test_the_box_losses_equal_the_formulas():
+    """SiamRPN: smooth L1 of offset and log-size relative to the anchor; TransT: L1 and GIoU, which
+    is torchvision's; both at the places whose middle lies in the map, mean of means over maps."""
+    maps = crop.rasterize_maps(crop.affine_from_boxes(uniform_boxes(6)[1]).view(2, 3, 2, 3), 16)
+    boxes, said = model.upright_boxes(maps), rand(2, 3, 4, 4, 4, seed=3) + 0.01
+    totals, heads = torch.zeros(2, 6).double(), (model.SiamRPN(8, 4), model.TransT(64, 4))
+    for i, (b, k) in enumerate(np.ndindex(2, 3)):
+        cx, cy, w, h = boxes[b, k].tolist()
+        places = [(y, x) for y, x in np.ndindex(4, 4) if maps[b, k, 4 * y + 2, 4 * x + 2]]
+        for y, x in places:
+            true = [(cx - (x + 0.5) / 4) / 0.4, (cy - (y + 0.5) / 4) / 0.4, math.log(w / 0.4),
+                    math.log(h / 0.4)]
+            off = [abs(s - t) for s, t in zip(said[b, k, :, y, x].tolist(), true)]
+            smooth = sum(d * d / 2 if d < 1 else d - 0.5 for d in off)
+            xyxy = torchvision.ops.box_convert(torch.stack([said[b, k, :, y, x], boxes[b, k]]),
+                                               "cxcywh", "xyxy")
+            giou = torchvision.ops.generalized_box_iou(xyxy[:1], xyxy[1:]).item()
+            l1 = (said[b, k, :, y, x] - boxes[b, k]).abs().sum().item()
+            totals[:, i] += torch.tensor([1.2 * smooth, 5 * l1 + 2 * (1 - giou)]) / len(places)
+    for head, total in zip(heads, totals):
+        got = model.mean_inside(head.box_loss(said, boxes), maps)
+        torch.testing.assert_close(got, total.mean(), atol=1e-6, rtol=1e-6)
+
+
+def test_ablations_are_resumed_and_measured_like_the_default(tmp_path):
+    """A tracker and a shared encoder go through the same loop: held-out skill, maps.png, a resumed
+    run, the encoder's file, evaluate.py's maps."""
+    flags = ["--decoder=siamrpn", "--freeze_patch_embed=true"]
+    demo(tmp_path, "--max_steps=1", *flags)
+    rows = demo(tmp_path, "--max_steps=2", *flags)
+    assert [r["step"] for r in rows] == [1, 2] and math.isfinite(rows[1]["skill"])
+    model.build_encoder("vit_d8").load_state_dict(encoder_of(tmp_path))
+    with pytest.raises(InputError, match=r"decoder \(siamrpn there, siamfc here\)"):
+        demo(tmp_path, "--max_steps=3", "--decoder=siamfc", *flags[1:])
+    save_images(tmp_path / "images", 3)
+    report = score(tmp_path / "scores", "--bench=maps", f"--ckpt={tmp_path / 'ckpt.pt'}",
+                   f"--data={tmp_path / 'images'}")
+    assert report["n"] == 3 and math.isfinite(report["skill"])
+
+
+# --------------------------------------------------------------------------------- 5. training
 
 def demo(out, *flags):
     """Train in this process; -> the rows of the log."""
@@ -595,7 +803,8 @@ def test_the_defaults_are_table_9():
                     beta1=0.9, beta2=0.95, warmup_epochs=40, clip=1.0, context_size=160,
                     exemplar_size=64, exemplars=6, model="vit_b16", decoder_width=512,
                     decoder_depth=1, scale=(0.05, 1.0), ratio=(1 / 3, 3.0), rotation=45.0, flip=0.5,
-                    transforms="exemplar", tau=0.99)
+                    transforms="exemplar", tau=0.99, bootstrap="online_exemplar", decoder="cim",
+                    correlation="cross_attention", predictor="linear", loss="ce")
     cfg = pretrain.Config()
     assert {k: getattr(cfg, k) for k in expected} == expected
     assert pretrain.parse_config(pretrain.Config, pretrain.PRESETS, []) == cfg
@@ -636,7 +845,7 @@ def test_three_steps_equal_the_recipe_written_out(tmp_path):
     demo(tmp_path, "--max_steps=3", "--transforms=exemplar", "--freeze_patch_embed=true",
          "--eval_every=2", *(f"--{k}={v}" for k, v in flags.items()))
     torch.manual_seed(0)
-    cim = model.CIM("vit_d8", 64, 32, 1, freeze_patch_embed=True)
+    cim = model.CIM("vit_d8", 64, 64, 1, freeze_patch_embed=True)
     first = {k: v.clone() for k, v in cim.state_dict().items()}
     decay = [p for p in cim.parameters() if p.requires_grad and p.ndim == 2]
     still = [p for p in cim.parameters() if p.requires_grad and p.ndim != 2]  # the cls token has 3
@@ -771,7 +980,7 @@ def test_gflop_per_image_equals_the_hand_count():
     assert pretrain.gflop_per_image(pretrain.Config()) * 1e9 == pytest.approx(hand, rel=0.02)
 
 
-# --------------------------------------------------------------------------------- 5. honesty
+# ---------------------------------------------------------------------------------- 6. honesty
 
 def test_eight_images_can_be_overfitted():
     """The model can learn the task at all: on eight fixed images the loss falls to half of what
@@ -861,7 +1070,7 @@ def test_rank_counts_the_directions_that_features_use(d):
     assert pretrain.effective_rank(constant.double()) == 1
 
 
-# ---------------------------------------------------------------------------------- 6. transfer
+# --------------------------------------------------------------------------------- 7. transfer
 
 SMALL = ["--recipe=demo", "--device=cpu", "--dtype=float32", "--log_every=1", "--image_size=32",
          "--test_size=32", "--batch_size=8"]
@@ -1285,7 +1494,7 @@ def test_fine_tuning_that_cannot_work_is_named(flags, words, tmp_path, classes3)
     assert not (tmp_path / "x").exists()
 
 
-# -------------------------------------------------------------------------------- 7. evaluation
+# ------------------------------------------------------------------------------- 8. evaluation
 
 def score(out, *flags):
     """Run evaluate.py in this process; -> its JSON."""
@@ -1467,7 +1676,7 @@ def test_evaluation_that_cannot_work_is_named(flags, words, tmp_path):
               *(flag.format(tmp=tmp_path) for flag in flags))
 
 
-# --------------------------------------------------------------------- 8. files and bad input
+# --------------------------------------------------------------------- 9. files and bad input
 
 @pytest.mark.parametrize("flags, words", [
     (["--batchsize=4"], "unknown flag --batchsize; did you mean --batch_size"),
@@ -1502,6 +1711,13 @@ def test_a_misspelt_command_line_is_one_sentence(flags, words, capsys):
     (["--seed=99999999999999999999"], "below 2**63"),
     (["--flip=1.5"], "at most 1"),
     (["--decoder_width=100"], "no multiple of 32"),
+    (["--loss=bce"], "choose one of ce, balanced, mse, focal"),
+    (["--decoder=siam"], "choose one of cim, siamfc, siamrpn, transt"),
+    (["--decoder=siamfc", "--correlation=convolution"],
+     "--correlation convolution has no meaning with --decoder siamfc"),
+    (["--decoder=transt", "--preset=demo", "--decoder_width=32"], "--decoder_width 32 has no mean"),
+    (["--decoder=siamrpn", "--loss=mse"], "--loss mse has no meaning with"),
+    (["--bootstrap=shared", "--tau=0.9"], "--tau 0.9 has no meaning with --bootstrap shared"),
     (["--data=/no/such"], "no folder '/no/such'"),
     (["--preset=demo", "--batch_size=30000"], "fewer than one batch"),
     (["--preset=demo", "--micro_batch=5"], "does not divide the"),
@@ -1586,10 +1802,14 @@ def test_a_file_that_is_no_checkpoint_is_refused(content, tmp_path):
 
 
 def test_a_checkpoint_of_another_run_names_the_fields(tmp_path):
-    """Resuming with other values is an error that names them; machine flags may change."""
+    """Resuming with other values is an error that names them; machine flags may change, and a
+    field that is newer than the checkpoint had its default value."""
     demo(tmp_path, "--max_steps=1")
     with pytest.raises(InputError, match=r"lr \(0.\d+ there, 0.5 here\), model \(vit_d8 there"):
         demo(tmp_path, "--max_steps=2", "--lr=0.5", "--model=vit_t16")
+    saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
+    del saved["config"]["bootstrap"]  # a field that its version did not have
+    torch.save(saved, tmp_path / "ckpt.pt")
     demo(tmp_path, "--max_steps=2", "--micro_batch=4", "--workers=1", "--save_every=7")
 
 
@@ -1658,19 +1878,18 @@ def test_bench_prints_one_json_line(tmp_path):
 
 def test_every_command_of_the_readme_parses():
     """The flags of every `python SCRIPT` and `torchrun ... SCRIPT` line in the README exist."""
-    text = open(os.path.join(HERE, "README.md")).read()
-    blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", text, re.S)).replace("\\\n", " ")
+    blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)).replace("\\\n", " ")
     scripts = {"pretrain": (pretrain.Config, pretrain.PRESETS),
                "finetune": (finetune.Config, finetune.RECIPES), "evaluate": (evaluate.Config, {})}
     names = "|".join(scripts)
     lines = re.findall(rf"\b({names})\.py ([^#&|`\n]*)", blocks)
-    lines += re.findall(rf"`(?:python|torchrun [^`]*?) ({names})\.py ([^`]*)`", text)
+    lines += re.findall(rf"`(?:python|torchrun [^`]*?) ({names})\.py ([^`]*)`", README)
     for script in scripts:
         assert sum(name == script for name, _ in lines) >= 2, script
     for script, flags in lines:
         if flags != "--help":
             pretrain.parse_config(*scripts[script], flags.split())
-    loose = [f for f in re.findall(r"`(--[^`]*=[^`]*)`", text) if "FILE" not in f]
+    loose = [f for f in re.findall(r"`(--[^`]*=[^`]*)`", README) if "FILE" not in f]
     assert len(loose) >= 15
     for flags in loose:  # of one script at least
         known = {"--" + f.name for c, _ in scripts.values() for f in dataclasses.fields(c)}
