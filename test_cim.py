@@ -717,15 +717,94 @@ def test_convolution_as_correlation_equals_a_loop(n, contexts):
         torch.testing.assert_close(got[b, k], h + layer.mlp(layer.norm(h)))
 
 
-def test_siamfc_is_equation_1():
-    """Eq. 1: f(z) * f(c) + b over all channels, the exemplar's feature map being the kernel."""
-    head = model.SiamFC(6, 5).double()
-    nn.init.constant_(head.bias, 0.3)
+def test_the_deep_predictor_is_three_deconvolutions():
+    """Figure 4b: three transposed convolutions of stride 2 with GELUs between, on the token grid
+    seen as an image, then bilinear to the map."""
+    decoder = model.CorrelationDecoder(8, 3, 32, predictor="deconv").double()
+    h_c, h_z = rand(2, 9, 8), rand(2, 2, 5, 8)
+    y = decoder.layers[0](h_c[:, None], h_z, decoder.positions).unflatten(2, (3, 3))
+    y = y.permute(0, 1, 4, 2, 3).flatten(0, 1)  # as images
+    for i, last in ((0, False), (2, False), (4, True)):
+        layer = decoder.predictor[i]
+        y = F.conv_transpose2d(y, layer.weight, layer.bias, stride=2, padding=1)
+        y = y if last else F.gelu(y)
+    expected = F.interpolate(y.view(2, 2, 24, 24).float(), size=(30, 30), mode="bilinear")
+    torch.testing.assert_close(decoder(h_c, h_z, 30), expected)
+
+
+def test_siamfc_and_siamrpn_correlate_features():
+    """Eq. 1: f(z) * f(c) + b over all channels, the exemplar's feature map being the kernel. SiamRPN
+    makes one kernel for the map and four for the box of it by a convolution."""
     h_c, h_z = rand(2, 25, 6), rand(2, 3, 1 + 4, 6)
-    got = head.respond(h_c, h_z)
+    fc, rpn = model.SiamFC(6, 5).double(), model.SiamRPN(6, 5).double()
+    nn.init.constant_(fc.bias, 0.3)
+    nn.init.normal_(rpn.box.adjust.weight)
+    got_fc, got_rpn = fc.respond(h_c, h_z), rpn.respond(h_c, h_z)
     for b, k in np.ndindex(2, 3):
-        y = correlate_by_loop(h_c[b].T.view(6, 5, 5), h_z[b, k, 1:].T.view(6, 2, 2))
-        torch.testing.assert_close(got[b, k, 0], head.GAIN * y / 24 + 0.3)
+        c, z = h_c[b].T.view(6, 5, 5), h_z[b, k, 1:].T.view(6, 2, 2)
+        torch.testing.assert_close(got_fc[b, k, 0], 9.2 * correlate_by_loop(c, z) / 24 + 0.3)
+        maps = []
+        for branch in (rpn.map, rpn.box):
+            y = torch.stack([correlate_by_loop(branch.search(c[None])[0], kernel) / math.sqrt(24)
+                             for kernel in branch.kernel(z[None])[0].split(6)])
+            maps.append(branch.adjust(y[None])[0])
+        torch.testing.assert_close(got_rpn[b, k], torch.cat(maps))
+
+
+def test_transt_attends_as_written():
+    """Table 4's TransT: in each layer self-attention of both sides, then cross-attention both ways,
+    positions in queries and keys but not in values; one more towards the context; two MLPs."""
+    torch.manual_seed(0)
+    head = model.TransT(64, 3).double()
+    for p in head.parameters():
+        nn.init.normal_(p, std=0.3)
+    h_c, h_z = rand(2, 9, 64), rand(2, 2, 1 + 4, 64)
+    got = head.respond(h_c, h_z)
+    assert len(head.layers) == 4
+    p_z = F.interpolate(head.positions.T.view(1, 64, 3, 3), (2, 2), mode="bicubic")[0].flatten(1).T
+
+    def attend(part, x, p_x, y, p_y):
+        x_n, y_n = F.layer_norm(x, (64,), part.norm.weight, part.norm.bias), F.layer_norm(
+            y, (64,), part.norm.weight, part.norm.bias)
+        at = part.attention
+        w, bias = at.in_proj_weight.split(64), at.in_proj_bias.split(64)
+        q, k, v = (F.linear(t, w[i], bias[i]).view(-1, 2, 32).transpose(0, 1)
+                   for i, t in enumerate((x_n + p_x, y_n + p_y, y_n)))
+        a = ((q @ k.mT / math.sqrt(32)).softmax(-1) @ v).transpose(0, 1).flatten(1)
+        x = x + F.linear(a, at.out_proj.weight, at.out_proj.bias)
+        return x if part.mlp is None else x + part.mlp(part.norm2(x))
+
+    for b, k in np.ndindex(2, 2):
+        c, p_c, z = head.project(h_c[b]), head.positions, head.project(h_z[b, k, 1:])
+        for self_z, self_c, cross_z, cross_c in head.layers:
+            z, c = attend(self_z, z, p_z, z, p_z), attend(self_c, c, p_c, c, p_c)
+            z, c = attend(cross_z, z, p_z, c, p_c), attend(cross_c, c, p_c, z, p_z)
+        c = head.norm(attend(head.last, c, p_c, z, p_z))
+        expected = torch.cat([head.map(c), head.box(c).sigmoid()], 1).T.view(5, 3, 3)
+        torch.testing.assert_close(got[b, k], expected)
+
+
+@pytest.mark.parametrize("name, weight", [("siamfc", 1), ("siamrpn", 1), ("transt", 8.334)])
+def test_a_trackers_loss_is_that_of_map_and_box(name, weight):
+    """Logistic loss on the map at its full size, plus the loss of this exemplar's box; both sides
+    are seen by the one encoder, which learns from both."""
+    torch.manual_seed(0)
+    cim = model.Tracking(name, "vit_d8", 32, freeze_patch_embed=False)
+    context, exemplars = torch.randn(2, 3, 32, 32), torch.randn(2, 3, 3, 16, 16)
+    boxes = crop.sample_boxes(rand(2, 3, 6, dtype=torch.float32))
+    maps = crop.rasterize_maps(crop.affine_from_boxes(boxes), 32)
+    h_c, h_z = cim.encode(context, exemplars)
+    assert h_c.requires_grad and h_z.requires_grad
+    response = cim.decoder.respond(h_c, h_z)
+    logits = F.interpolate(response[:, :, 0], size=(32, 32), mode="bilinear")
+    expected = weight * F.binary_cross_entropy_with_logits(logits, maps)
+    if name != "siamfc":
+        losses = cim.decoder.box_loss(response[:, :, 1:], model.upright_boxes(maps))
+        expected = expected + model.mean_inside(losses, maps)
+    got, said = cim(context, exemplars, maps)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(said, logits)
+    torch.testing.assert_close(cim.decoder(h_c, h_z, 32), logits)
 
 
 def test_the_box_of_a_map_is_tight_and_upright():
