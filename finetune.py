@@ -239,7 +239,9 @@ def read_weights(path, use_target=False):
         raise InputError(f"{path!r} is not a state dict, nor a checkpoint with one")
     state = {k.removeprefix("module.").removeprefix("encoder."): v for k, v in state.items()}
     ours, released = ([k for k in state if k.startswith(p)] for p in ("target.", "blocks_c."))
-    if use_target and not ours and not released:
+    recipe = saved.get("config") if isinstance(saved.get("config"), dict) else {}
+    alone = recipe.get("bootstrap") == "shared" or recipe.get("decoder", "cim") != "cim"
+    if use_target and (alone or not ours and not released):
         raise InputError(f"{path!r} holds no target: --use_target takes a pre-training checkpoint")
     if ours:
         side = "target." if use_target else "online."

@@ -10,7 +10,7 @@ Read it from the bottom up or from the top down:
     6. CIM            online encoder, target encoder, decoder, loss, moving average (Eqs. 2, 3, 7)
     7. Classifier     an encoder with a head                                  (4.3, Tables 10, 11)
 
-What the paper compares with; nothing above needs it:
+What the paper compares with; to follow CIM, nothing of it is needed:
 
     8. ablations      convolution as correlation, deep predictor, losses   (Figure 4a, b, Table 3)
     9. trackers       SiamFC, SiamRPN and TransT as pretext tasks                 (Eq. 1, Table 4)
@@ -291,15 +291,15 @@ class CorrelationDecoder(nn.Module):
     def __init__(self, encoder_width, grid, width=512, depth=1, correlation="cross_attention",
                  predictor="linear"):
         super().__init__()
-        layer = CORRELATIONS[correlation]
+        layer = CorrelationLayer if correlation == "cross_attention" else ConvolutionLayer
         self.positions = nn.Parameter(sincos_positions(grid, width), requires_grad=False)  # PE
         self.layers = nn.ModuleList([layer(encoder_width if i == 0 else width,
                                            encoder_width, width) for i in range(depth)])
-        self.predictor = PREDICTORS[predictor](width)  # f_p
+        self.predictor = nn.Linear(width, 1)  # f_p
         self.apply(init_linear)
-        *_, last = self.predictor.modules()
-        nn.init.normal_(last.weight, std=1e-3)  # the first loss is ln 2
-        nn.init.zeros_(last.bias)
+        nn.init.normal_(self.predictor.weight, std=1e-3)  # the first loss is ln 2
+        if predictor == "deconv":
+            self.predictor = Deconvolutions(width)
 
     def forward(self, h_c, h_z, size):
         h = h_c[:, None]
@@ -309,8 +309,11 @@ class CorrelationDecoder(nn.Module):
 
 
 def as_grid(tokens):
-    """Tokens [..., N, C], row by row, with a cls token in front or not -> [..., C, n, n]."""
+    """Tokens [..., N, C], row by row, with a cls token in front or not -> [..., C, n, n].
+    Raises ValueError where they are no square."""
     n = math.isqrt(tokens.shape[-2])
+    if tokens.shape[-2] - n * n > 1:
+        raise ValueError(f"{tokens.shape[-2]} tokens are no square grid")
     return tokens[..., -n * n:, :].unflatten(-2, (n, n)).movedim(-1, -3)
 
 
@@ -329,13 +332,19 @@ class CIM(nn.Module):
     initial weights while pre-training, as in MoCo v3 and the released code.
     bootstrap (Table 2): online_exemplar, the paper's; online_context, the other way round: the
     online encoder sees the contexts; shared, one encoder for both and no average. loss: Table 3.
+    ValueError for a word that is none of BOOTSTRAPS, CORRELATIONS, PREDICTORS, LOSSES.
     """
 
     def __init__(self, encoder="vit_b16", context_size=160, decoder_width=512, decoder_depth=1,
                  freeze_patch_embed=True, bootstrap="online_exemplar",
                  correlation="cross_attention", predictor="linear", loss="ce"):
         super().__init__()
-        self.bootstrap, self.loss = bootstrap, LOSSES[loss]
+        for word, known in ((bootstrap, BOOTSTRAPS), (correlation, CORRELATIONS),
+                            (predictor, PREDICTORS), (loss, LOSSES)):
+            if word not in known:
+                raise ValueError(f"{word!r} is none of {', '.join(known)}")
+        self.bootstrap = bootstrap
+        self.loss = F.binary_cross_entropy_with_logits if loss == "ce" else LOSSES[loss]
         self.online = build_encoder(encoder)
         if context_size % self.online.stride:
             raise ValueError(f"context_size {context_size} is no multiple of {encoder}'s stride "
@@ -355,9 +364,9 @@ class CIM(nn.Module):
         return self.loss(logits, maps), logits  # Eq. 7
 
     def encode(self, context, exemplars):
-        """Eq. 2: -> h_c [B, N, D] of the target, h_z [B, K, Nz, D] of the online encoder, which
-        sees all exemplars as one batch. The cls token of the contexts has no place in a map.
-        No parameter of the target wants a gradient, so that none is computed there."""
+        """Eq. 2: -> h_c [B, N, D] of the target, h_z [B, K, Nz, D] of the online encoder, or as
+        bootstrap says. All exemplars are one batch. The cls token of the contexts has no place in
+        a map. No parameter of the target wants a gradient, so that none is computed there."""
         f_z, f_c = self.online, self.target
         if self.bootstrap == "online_context":
             f_z, f_c = f_c, f_z
@@ -434,20 +443,23 @@ class ConvolutionLayer(CorrelationLayer):
     def correlate(self, q, h_z):
         """Queries q [B, 1 or K, N, W] -> [B, K, N, W], the mean over the kernel's places."""
         (B, J, N, W), K = q.shape, h_z.shape[1]
-        kernels = as_grid(self.f_k(h_z)).unflatten(1, (J, -1)).transpose(2, 3)  # [B,J,K/J,W,n,n]
-        kernels = kernels.flatten(0, 2)[:, :, None]  # [B * J * W, K / J, 1, n, n]
-        a = cross_correlate(as_grid(q).flatten(0, 2)[:, None], kernels) / kernels[0, 0].numel()
-        return a.view(B, J, W, -1, N).permute(0, 1, 3, 4, 2).reshape(B, K, N, W)
+        kernels = as_grid(self.f_k(h_z)).unflatten(1, (J, K // J)).transpose(2, 3).flatten(0, 1)
+        kernels = kernels[:, :, :, None]  # [B * J, W, K / J, 1, n, n]
+        a = cross_correlate(as_grid(q).flatten(0, 1), kernels) / kernels[0, 0, 0].numel()
+        return a.view(B, J, W, K // J, N).permute(0, 1, 3, 4, 2).reshape(B, K, N, W)
 
 
 def cross_correlate(x, kernels):
-    """Eq. 1's correlation as a convolution: each of x [G, C, h, w] with kernels [G, O, C, n, n] of
-    its own -> [G, O, h, w], the sum of C * n * n products at each place; x is 0 outside. A kernel
-    of even side has no middle: then the mean of its four placements around the place."""
-    n = kernels.shape[-1]
-    patches = F.unfold(x, n, padding=n // 2)  # [G, C * n * n, places]
-    y = (kernels.flatten(2) @ patches).unflatten(2, (x.shape[-2] + 1 - n % 2, -1))
-    return y if n % 2 else F.avg_pool2d(y, 2, 1)
+    """Eq. 1's correlation as a convolution in G groups of channels: x [B, C, h, w] with kernels
+    [B, G, O, C / G, n, n] of its own -> [B, G, O, h, w], sums over C / G channels and n x n places.
+
+    DEVIATION: trackers let no kernel cross the border, which makes the map smaller; here x is 0
+    outside. A kernel of even side has no middle: the mean of its four placements around a place.
+    """
+    G, n = kernels.shape[1], kernels.shape[-1]
+    patches = F.unfold(x, n, padding=n // 2).unflatten(1, (G, -1))  # [B, G, C / G * n * n, places]
+    y = (kernels.flatten(3) @ patches).unflatten(3, (x.shape[-2] + 1 - n % 2, -1))
+    return y if n % 2 else F.avg_pool2d(y.flatten(0, 2), 2, 1).unflatten(0, y.shape[:3])
 
 
 class Deconvolutions(nn.Sequential):
@@ -458,6 +470,8 @@ class Deconvolutions(nn.Sequential):
         widths = (width, width // 2, width // 4, 1)
         layers = [nn.ConvTranspose2d(i, o, 4, 2, 1) for i, o in zip(widths, widths[1:])]
         super().__init__(layers[0], nn.GELU(), layers[1], nn.GELU(), layers[2])
+        nn.init.normal_(layers[2].weight, std=1e-3)  # as the linear one
+        nn.init.zeros_(layers[2].bias)
 
     def forward(self, h):
         y = super().forward(as_grid(h.flatten(0, 1)))  # [B * K, 1, 8 n, 8 n]
@@ -485,11 +499,10 @@ def focal_loss(logits, maps, gamma=2.0, alpha=0.25):
     return -(weight * (1 - log_p.exp()) ** gamma * log_p).mean()
 
 
-CORRELATIONS = {"cross_attention": CorrelationLayer, "convolution": ConvolutionLayer}
-PREDICTORS = {"linear": lambda width: nn.Linear(width, 1), "deconv": Deconvolutions}
+BOOTSTRAPS = ("online_exemplar", "online_context", "shared")
+CORRELATIONS, PREDICTORS = ("cross_attention", "convolution"), ("linear", "deconv")
 LOSSES = {"ce": F.binary_cross_entropy_with_logits, "balanced": balanced_loss, "mse": mse_loss,
           "focal": focal_loss}
-BOOTSTRAPS = ("online_exemplar", "online_context", "shared")
 
 
 # ---------------------------------------------------------------------------- 9. trackers, Table 4
@@ -499,12 +512,14 @@ class Tracking(CIM):
     head in place of the decoder, and its losses on the map and on the box.
 
     head: siamfc, siamrpn or transt. Its target for the box is the tight upright box of the map.
+    DEVIATION: trackers weigh places inside a box more, since they are few in a video frame; of a
+    map they are a quarter, and all places weigh the same.
     """
 
     def __init__(self, head, encoder="vit_b16", context_size=160, freeze_patch_embed=True):
         super().__init__(encoder, context_size, freeze_patch_embed=freeze_patch_embed,
                          bootstrap="shared")
-        self.decoder = TRACKERS[head](self.online.width, context_size // self.online.stride)
+        self.decoder = TRACKERS[head](self.online.width, context_size // self.online.stride)  # anew
 
     def forward(self, context, exemplars, maps):
         """As CIM.forward."""
@@ -569,8 +584,8 @@ class SiamFC(Head):
 
     def respond(self, h_c, h_z):
         kernels = as_grid(h_z)
-        y = cross_correlate(as_grid(h_c), kernels) / kernels[0, 0].numel()
-        return (self.GAIN * y + self.bias)[:, :, None]
+        y = cross_correlate(as_grid(h_c), kernels[:, None]) / kernels[0, 0].numel()
+        return (self.GAIN * y + self.bias).transpose(1, 2)
 
 
 class UpChannel(nn.Module):
@@ -589,9 +604,9 @@ class UpChannel(nn.Module):
 
     def forward(self, c, z):
         (B, K), n = z.shape[:2], z.shape[-1]
-        kernels = self.kernel(z.flatten(0, 1)).reshape(B, -1, self.width, n, n)
+        kernels = self.kernel(z.flatten(0, 1)).reshape(B, 1, -1, self.width, n, n)
         y = cross_correlate(self.search(c), kernels) / math.sqrt(self.width * n * n)
-        return self.adjust(y.view(B * K, -1, *y.shape[2:])).unflatten(0, (B, K))
+        return self.adjust(y.view(B * K, -1, *y.shape[3:])).unflatten(0, (B, K))
 
 
 class SiamRPN(Head):
@@ -639,8 +654,7 @@ class Attend(nn.Module):
 class TransT(Head):
     """[15]: four times self-attention on each side and cross-attention both ways, then the context
     asks the exemplar once more; every place says whether it is inside and where the box is.
-    DEVIATION: no dropout, and no smaller weight for places outside the box: they are nearly all of
-    a video frame, but three quarters of a map."""
+    DEVIATION: no dropout."""
 
     map_weight = 8.334
 

@@ -122,8 +122,8 @@ class Config:
                                  f"stride of {self.model}")
         crop.check_crops(self.scale, self.ratio, self.rotation)
         if self.decoder != "cim":
-            self.refuse(f"--decoder {self.decoder}", "decoder_width", "decoder_depth",
-                        "correlation", "predictor", "loss", "bootstrap", "tau")
+            self.refuse(f"--decoder {self.decoder}, a tracker with one encoder", "decoder_width",
+                        "decoder_depth", "correlation", "predictor", "loss", "bootstrap", "tau")
         if self.bootstrap == "shared":
             self.refuse("--bootstrap shared, which has no moving average", "tau")
 
@@ -773,7 +773,8 @@ class HeldOut:
 
     baseline: cross-entropy of the per-pixel mean map of this crop distribution, the best predictor
     that ignores the exemplar. skill = 1 - loss / baseline: how much of the map the model reads
-    from the exemplar. skill_swapped: the same with the exemplars of another image, a control that
+    from the exemplar (of models trained by cross-entropy; other losses of Table 3 do not ask for
+    probabilities). skill_swapped: the same with the exemplars of another image, a control that
     must not be above 0. rank: the effective rank of the exemplars' features, near 1 when they
     collapse.
     """
@@ -954,7 +955,8 @@ def main(argv=None):
         looks = not cfg.bench and (done == plan.stop or due(done, cfg.eval_every))
         logs, saves = journal.due(done, lr, grad_norm, looks)
         if logs:
-            row = journal.row(done, loss, lr, tau=tau, grad_norm=grad_norm.item())
+            row = journal.row(done, loss, lr, tau=None if cim.target is cim.online else tau,
+                              grad_norm=grad_norm.item())
             journal.add(row | (held_out.evaluate(cim) if looks else HeldOut.NOTHING))
         if saves:
             journal.save(done, cim, optimizer)

@@ -581,7 +581,7 @@ def test_the_target_normalises_contexts_by_contexts():
 
 # -------------------------------------------------------------------------------- 4. ablations
 
-ROWS = dict(re.findall(r"^\$run --out=out/(\S+) ?(.*)", README, re.M))  # of Tables 1-4, Figure 4
+ROWS = dict(re.findall(r"^run --out=out/(\S+) ?(.*)", README, re.M))  # of Tables 1-4, Figure 4
 
 
 def row_of(name):
@@ -599,7 +599,8 @@ def row_of(name):
 
 def test_the_readme_has_every_ablation():
     """Tables 1 to 4 and Figure 4: each value that the paper compares is a row of the README."""
-    rows = [dataclasses.asdict(row_of(name)[0]) for name in ROWS]
+    rows = [dataclasses.asdict(pretrain.parse_config(pretrain.Config, {"paper": {}}, flags.split()))
+            for flags in ROWS.values()]
     values = {k: {row[k] for row in rows} for k in rows[0]}
     pairs = {"scale": TABLE_1[:4], "ratio": TABLE_1[3:8], "rotation": TABLE_1[8:12]}
     for i, name in enumerate(pairs):
@@ -621,6 +622,18 @@ def test_every_row_of_the_ablations_trains(name):
     and nothing else. A batch's loss is the mean over its halves, so that micro-batches and
     processes change nothing, and exemplars do not see each other."""
     cfg, cim, optimizer, pairs = row_of(name)
+    first = {k: v.clone() for k, v in cim.target.state_dict().items()}
+    decoder = cim.decoder
+    if cfg.decoder == "cim":  # it is what the flags say
+        assert cim.bootstrap == cfg.bootstrap and cim.loss is model.LOSSES[cfg.loss]
+        assert isinstance(decoder.predictor, nn.Linear) == (cfg.predictor == "linear")
+        assert {type(layer) for layer in decoder.layers} == {
+            {"cross_attention": model.CorrelationLayer,
+             "convolution": model.ConvolutionLayer}[cfg.correlation]}
+        assert len(decoder.layers) == cfg.decoder_depth
+        assert decoder.positions.shape[1] == cfg.decoder_width
+    else:
+        assert type(decoder) is model.TRACKERS[cfg.decoder]
     loss, logits = cim(*pairs)
     assert logits.shape == pairs[2].shape and logits.dtype == torch.float32
     parts = [cim(*(x[half] for x in pairs))[0] for half in (slice(2), slice(2, 4))]
@@ -642,6 +655,10 @@ def test_every_row_of_the_ablations_trains(name):
         after, _ = cim(*pairs)
         after.backward()
     assert after < loss
+    if cim.target is not cim.online:  # Eq. 3: a little of the way
+        online, key = cim.online.state_dict(), "blocks.0.mlp.fc1.weight"
+        way = (cim.target.state_dict()[key] - first[key]).norm() / (online[key] - first[key]).norm()
+        assert 0.005 < way < 0.03
 
 
 def test_bootstrap_says_which_network_sees_what():
@@ -852,6 +869,11 @@ def test_ablations_are_resumed_and_measured_like_the_default(tmp_path):
     """A tracker and a shared encoder go through the same loop: held-out skill, maps.png, a resumed
     run, the encoder's file, evaluate.py's maps."""
     flags = ["--decoder=siamrpn", "--freeze_patch_embed=true"]
+    for frozen in (True, False):
+        cfg = pretrain.parse_config(pretrain.Config, pretrain.PRESETS, [
+            *TINY, "--decoder=siamfc", f"--freeze_patch_embed={frozen}"])
+        embed = pretrain.build_model(cfg).online.patch_embed
+        assert all(p.requires_grad != frozen for p in embed.parameters())
     demo(tmp_path, "--max_steps=1", *flags)
     rows = demo(tmp_path, "--max_steps=2", *flags)
     assert [r["step"] for r in rows] == [1, 2] and math.isfinite(rows[1]["skill"])
@@ -859,6 +881,8 @@ def test_ablations_are_resumed_and_measured_like_the_default(tmp_path):
     with pytest.raises(InputError, match=r"decoder \(siamrpn there, siamfc here\)"):
         demo(tmp_path, "--max_steps=3", "--decoder=siamfc", *flags[1:])
     save_images(tmp_path / "images", 3)
+    with pytest.raises(InputError, match="holds no target"):
+        finetune.read_weights(str(tmp_path / "ckpt.pt"), use_target=True)
     report = score(tmp_path / "scores", "--bench=maps", f"--ckpt={tmp_path / 'ckpt.pt'}",
                    f"--data={tmp_path / 'images'}")
     assert report["n"] == 3 and math.isfinite(report["skill"])
@@ -1792,10 +1816,13 @@ def test_a_misspelt_command_line_is_one_sentence(flags, words, capsys):
     (["--decoder_width=100"], "no multiple of 32"),
     (["--loss=bce"], "choose one of ce, balanced, mse, focal"),
     (["--decoder=siam"], "choose one of cim, siamfc, siamrpn, transt"),
-    (["--decoder=siamfc", "--correlation=convolution"],
-     "--correlation convolution has no meaning with --decoder siamfc"),
+    *[([f"--decoder={tracker}", f"--{name}={value}"],
+       f"--{name} {value} has no meaning with --decoder {tracker}, a tracker with one encoder")
+      for tracker, name, value in [
+          ("siamfc", "correlation", "convolution"), ("siamrpn", "predictor", "deconv"),
+          ("transt", "loss", "mse"), ("siamfc", "decoder_depth", 2), ("siamrpn", "tau", 0.5),
+          ("transt", "decoder_width", 64), ("siamfc", "bootstrap", "shared")]],
     (["--decoder=transt", "--preset=demo", "--decoder_width=32"], "--decoder_width 32 has no mean"),
-    (["--decoder=siamrpn", "--loss=mse"], "--loss mse has no meaning with"),
     (["--bootstrap=shared", "--tau=0.9"], "--tau 0.9 has no meaning with --bootstrap shared"),
     (["--data=/no/such"], "no folder '/no/such'"),
     (["--preset=demo", "--batch_size=30000"], "fewer than one batch"),
@@ -1955,13 +1982,23 @@ def test_bench_prints_one_json_line(tmp_path):
     assert not (tmp_path / "ckpt.pt").exists()
 
 
+@pytest.mark.parametrize("wrong", [dict(bootstrap="Shared"), dict(correlation="conv"),
+                                   dict(predictor="mlp"), dict(loss="bce")])
+def test_a_misspelt_ablation_is_named(wrong):
+    """CIM used from Python: a word that is no choice is a ValueError that tells them."""
+    with pytest.raises(ValueError, match="is none of "):
+        model.CIM("vit_d8", 64, 64, **wrong)
+    with pytest.raises(ValueError, match="12 tokens are no square grid"):
+        model.as_grid(torch.zeros(12, 3))
+
+
 def test_every_command_of_the_readme_parses():
     """The flags of every `python SCRIPT` and `torchrun ... SCRIPT` line in the README exist."""
     blocks = "\n".join(re.findall(r"```(?:bash|sh)\n(.*?)```", README, re.S)).replace("\\\n", " ")
     scripts = {"pretrain": (pretrain.Config, pretrain.PRESETS),
                "finetune": (finetune.Config, finetune.RECIPES), "evaluate": (evaluate.Config, {})}
     names = "|".join(scripts)
-    lines = re.findall(rf"\b({names})\.py ([^#&|`\n]*)", blocks)
+    lines = re.findall(rf"\b({names})\.py ([^#&|`\"\n]*)", blocks)
     lines += re.findall(rf"`(?:python|torchrun [^`]*?) ({names})\.py ([^`]*)`", README)
     for script in scripts:
         assert sum(name == script for name, _ in lines) >= 2, script
@@ -1974,4 +2011,4 @@ def test_every_command_of_the_readme_parses():
         known = {"--" + f.name for c, _ in scripts.values() for f in dataclasses.fields(c)}
         assert {word.split("=")[0] for word in flags.split()} <= known, flags
     assert "pip install -r requirements.txt && python pretrain.py --preset=demo" in blocks
-    assert "pip install -r requirements.txt && pytest" in blocks
+    assert "pip install -r requirements.txt && pytest" in blocks and "@@" not in README
