@@ -38,9 +38,9 @@ import crop
 from crop import InputError
 from model import ENCODERS, Classifier, resize_positions
 from pretrain import (BadImages, Journal, accelerate, bench_report, check_values, count_gflop, due,
-                      learning_rate, load_checkpoint, make_loader, make_plan, measuring,
-                      micro_batches, parameter_groups, parse_config, plain, plain_time, resume,
-                      run, save_file, set_learning_rate, setup_machine)
+                      learning_rate, make_loader, make_plan, measuring, micro_batches,
+                      newest_checkpoint, parameter_groups, parse_config, plain, plain_time,
+                      read_log, resume, run, save_file, set_learning_rate, setup_machine)
 
 
 # ------------------------------------------------------------------------------------ 1. Config
@@ -99,6 +99,7 @@ class Config:
     eval_epochs: int = 1  # epochs between validations; the end is always validated
     save_every: int = 1000  # steps between checkpoints; 0 goes by save_minutes only
     save_minutes: float = 15.0  # minutes between checkpoints; 0 goes by save_every only
+    timeout: float = 30.0  # minutes that a process waits for its images or for the others
     bench: int = 0  # time so many steps: one JSON line, kept as bench.json, and nothing else
 
     def __post_init__(self):
@@ -463,11 +464,12 @@ def save_model(path, model, cfg, classes, top1=None):
 def main(argv=None):
     """The run of a Config, from the command line to model.pt; goes on from out/ckpt.pt."""
     cfg = parse_config(Config, RECIPES, argv, __doc__.split("\n")[0])
-    machine = setup_machine(cfg.device, cfg.dtype, cfg.compile)
+    machine = setup_machine(cfg.device, cfg.dtype, cfg.compile, cfg.timeout)
     with machine.first():
         (train, rows), (val, val_rows), sentence = labelled_data(cfg)
     checkpoint, final = (os.path.join(cfg.out, name) for name in ("ckpt.pt", "model.pt"))
-    saved, start, classes = None if cfg.bench else load_checkpoint(checkpoint), 0, train.classes
+    saved = None if cfg.bench else newest_checkpoint(cfg.out, machine)
+    classes = train.classes
     found = weights = None
     if saved and cfg.model == "auto":  # the weights are in it
         found = saved["config"]["model"]
@@ -481,15 +483,13 @@ def main(argv=None):
     model, optimizer = build(cfg, len(classes), machine)
     loaded = (load_weights(model, weights, cfg.init) if weights else
               checkpoint if saved else "none, from scratch")
-    if saved:
-        start = resume(saved, checkpoint, cfg, machine, plan, model, optimizer)
-    if start >= plan.stop:
+    start, unlogged = resume(saved, checkpoint, cfg, machine, plan, model, optimizer)
+    if start >= plan.stop and not unlogged:
         if machine.rank == 0:
             if not os.path.exists(final):
                 save_model(final, model, cfg, classes)
             print(f"finished: {start} of {plan.stop} steps are done; the model is {final}")
         return
-    journal = Journal(cfg, machine, plan, start, partial(gflop_per_image, cfg, len(classes)))
     if machine.rank == 0:
         print(f"{plan.describe(cfg, machine, sentence, start, 'images')}\nweights  {loaded}",
               flush=True)
@@ -501,6 +501,10 @@ def main(argv=None):
     val_images = Batches(centre_crops(val, val_rows, cfg.test_size, cfg.test_crop), cfg.workers,
                          machine)
     labels, val_labels = torch.tensor(train.labels), torch.tensor(val.labels)
+    journal = Journal(cfg, machine, plan, start, unlogged,
+                      lambda: accuracy(model, val_images, val_labels, machine),
+                      ("top1", "top5", "val_loss", "n"),
+                      partial(gflop_per_image, cfg, len(classes)))
     mix, erase = make_mix(cfg, len(classes)), v2.RandomErasing(cfg.erasing, value="random")
     wrapped = accelerate(model, machine)
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -527,25 +531,18 @@ def main(argv=None):
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-
-        done = step + 1
-        looks = not cfg.bench and (done == plan.stop or due(done, cfg.eval_epochs * plan.per_epoch))
-        logs, saves = journal.due(done, lr, grad_norm, looks)
-        if logs:
-            row = journal.row(done, loss, lr, grad_norm=grad_norm.item())
-            journal.add(row | (accuracy(model, val_images, val_labels, machine) if looks else
-                               dict.fromkeys(("top1", "top5", "val_loss", "n"))))
-        if saves:
-            journal.save(done, model, optimizer)
+        journal.end_step(step + 1, loss, lr, grad_norm,
+                         due(step + 1, cfg.eval_epochs * plan.per_epoch), model, optimizer)
 
     if cfg.bench:
         bench_report("finetune", journal)
     elif machine.rank == 0:
         save_model(final, model, cfg, classes, journal.last["top1"])
-        best = max((r for r in journal.rows() if r["top1"] is not None), key=lambda r: r["top1"])
+        best = max((r for r in read_log(cfg.out) if r["top1"] is not None), key=lambda r: r["top1"])
         print("done: {} holds model.pt, log.jsonl and ckpt.pt; on {n} validation images top-1 is "
               "{top1:.2f}%, top-5 {top5:.2f}%".format(cfg.out, **journal.last)
               + f" (the best was {best['top1']:.2f}% after epoch {best['epoch']:g})")
+    journal.close()
 
 
 if __name__ == "__main__":

@@ -637,7 +637,7 @@ class SiamRPN(Head):
 
 class Attend(nn.Module):
     """x + MultiHead(x + p_x, y + p_y, y) of normalised x and y, and an MLP behind it or not.
-    DEVIATION: [15] normalise after each sum; four layers of that did not learn at the demo's rate."""
+    DEVIATION: [15] normalise after each sum; four such layers did not learn at the demo's rate."""
 
     def __init__(self, width, mlp):
         super().__init__()

@@ -11,7 +11,7 @@ In the order in which things happen:
     3. the machine  processes, device, precision
     4. the data     which image goes into which step, on which process
     5. schedules    learning rate and tau, optimiser groups
-    6. files        atomic checkpoints, the log
+    6. files        atomic checkpoints, the log, signals, the folder's lock
     7. measuring    skill on held-out images, maps.png
     8. main         the loop
 
@@ -27,13 +27,16 @@ import functools
 import inspect
 import json
 import math
+import multiprocessing
 import os
+import platform
 import re
 import signal
 import sys
 import time
 from argparse import SUPPRESS, ArgumentParser
 from dataclasses import dataclass
+from datetime import timedelta
 from fractions import Fraction
 
 import numpy as np
@@ -105,6 +108,7 @@ class Config:
     eval_every: int = 500  # steps between looks at held-out images; 0 looks at the end only
     save_every: int = 1000  # steps between checkpoints; 0 goes by save_minutes only
     save_minutes: float = 15.0  # minutes between checkpoints; 0 goes by save_every only
+    timeout: float = 30.0  # minutes that a process waits for its images or for the others
     bench: int = 0  # time so many steps: one JSON line, kept as bench.json, and nothing else
 
     def __post_init__(self):
@@ -150,15 +154,16 @@ BENCH_WARMUP = 3  # steps before --bench starts its clock
 
 # Fields that may differ when a run goes on: they change where and how fast it runs, not what.
 FREE = ("out", "micro_batch", "device", "compile", "workers", "log_every", "eval_every",
-        "eval_epochs", "save_every", "save_minutes", "max_steps", "bench", "preset", "recipe")
+        "eval_epochs", "save_every", "save_minutes", "timeout", "max_steps", "bench", "preset",
+        "recipe")
 
 
 # ------------------------------------------------------------------------------ 2. command line
 
 POSITIVE = ("context_size", "exemplar_size", "exemplars", "decoder_width", "decoder_depth",
             "epochs", "batch_size", "lr", "lr_batch", "log_every", "image_size", "test_size",
-            "repeats", "eval_epochs", "layer_decay", "k", "temperature", "steps",
-            "rows")
+            "repeats", "eval_epochs", "layer_decay", "k", "temperature", "steps", "rows",
+            "timeout")
 BOUNDS = {("flip", "jitter", "gray", "blur", "solarize", "tau", "erasing", "test_crop",
            "randaugment_p"): "at most 1",
           ("beta1", "beta2", "drop_path", "smoothing", "bce_threshold"): "below 1"}
@@ -245,6 +250,8 @@ class Machine:
     world: int
     dtype: str  # float32 or bfloat16
     compile: bool
+    timeout: float = 1800.0  # seconds that it waits for images or for the other processes
+    hosts: object = None  # the group in which hosts agree: gloo, so that no GPU is waited for
 
     def autocast(self):
         """bf16 for matrix products and convolutions, fp32 for the weights and sums."""
@@ -265,6 +272,13 @@ class Machine:
         if self.world > 1:
             for tensor in tensors:
                 dist.all_reduce(tensor)
+
+    def max(self, number):
+        """The largest of an integer over the processes, which wait here for each other."""
+        number = torch.tensor(number)
+        if self.world > 1:
+            dist.all_reduce(number, dist.ReduceOp.MAX, self.hosts)
+        return int(number)
 
     def share_buffers(self, model):
         """Give every process the BatchNorm statistics of process 0, as DDP does before a step."""
@@ -297,8 +311,9 @@ class Machine:
                 dist.broadcast_object_list(failed)
 
 
-def setup_machine(device="auto", dtype="auto", compile="auto"):
-    """Join torchrun's process group, if there is one, and resolve what is `auto`."""
+def setup_machine(device="auto", dtype="auto", compile="auto", timeout=30.0):
+    """Join torchrun's process group, if there is one, and resolve what is `auto`; timeout: minutes.
+    """
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if device == "auto":
         device = ("cuda" if torch.cuda.is_available() else
@@ -316,11 +331,19 @@ def setup_machine(device="auto", dtype="auto", compile="auto"):
     place = torch.device(device, torch.cuda.current_device() if device == "cuda" else None)
     if dtype == "auto":
         dtype = "bfloat16" if multiplies_bf16(device) else "float32"
+    hosts, limit = None, timedelta(minutes=timeout)
     if world > 1:
-        dist.init_process_group("nccl" if device == "cuda" else "gloo",
+        # torchrun's store outlives a restart, and with it the addresses of dead processes
+        store, *_ = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # nodes count restarts each for itself
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=store, rank=rank,
+                                world_size=world, timeout=limit,
                                 device_id=place if device == "cuda" else None)
+        hosts = dist.new_group(backend="gloo", timeout=limit)
     return Machine(place, rank, world, dtype,
-                   device == "cuda" if compile == "auto" else compile == "true")
+                   device == "cuda" if compile == "auto" else compile == "true",
+                   limit.total_seconds(), hosts)
 
 
 def multiplies_bf16(device):
@@ -453,9 +476,10 @@ def make_pairs(contexts, u, cfg):
 
 
 def quiet_worker(_):
-    """Loader workers leave Ctrl-C and SIGTERM to the process that trains."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    """Loader workers leave signals to the process that trains, which needs them to its last step.
+    """
+    for number in (signal.SIGINT, *STOPPERS):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def make_loader(dataset, batches, workers, machine):
@@ -467,7 +491,7 @@ def make_loader(dataset, batches, workers, machine):
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, collate_fn=crop.collate,
         worker_init_fn=quiet_worker, pin_memory=machine.device.type == "cuda",
-        persistent_workers=workers > 0)
+        persistent_workers=workers > 0, timeout=machine.timeout if workers > 0 else 0)
 
 
 class LocalError(InputError):
@@ -535,10 +559,11 @@ def set_learning_rate(optimizer, lr):
 
 # ------------------------------------------------------------------------------------- 6. files
 
-def save_file(path, write):
+def save_file(path, write, previous=None):
     """Let write(file) fill a temporary file beside `path`, then move it there: all or nothing.
+    previous: where to move what stood there.
 
-    Raises InputError when it cannot be written; what stood at `path` is then untouched.
+    Raises InputError when it cannot be written; what stood at `path` is then there, or at previous.
     """
     temporary = path + ".tmp"
     try:
@@ -546,14 +571,20 @@ def save_file(path, write):
             write(f)
             f.flush()
             os.fsync(f.fileno())
+        if previous and os.path.exists(path):
+            os.replace(path, previous)
         os.replace(temporary, path)
+        with contextlib.suppress(OSError):  # moved for good, where folders can be flushed
+            folder = os.open(os.path.dirname(path) or ".", os.O_RDONLY)
+            os.fsync(folder)
+            os.close(folder)
     except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
         with contextlib.suppress(OSError):
             os.remove(temporary)
         reason = error if isinstance(error, OSError) else error.__context__ or error
-        raise InputError(f"cannot write {path!r}: {reason}; the file that was there, if any, is as "
-                         "it was. Make room, then give the same command again: it goes on from the "
-                         "last checkpoint, if there is one") from error
+        raise InputError(f"cannot write {path!r}: {reason}. Older files are untouched: make room, "
+                         "then give the same command again, it goes on from the last checkpoint, "
+                         "if there is one") from error
 
 
 def make_folder(path):
@@ -564,30 +595,65 @@ def make_folder(path):
         raise InputError(f"cannot make the folder {path!r}: {error.strerror}") from error
 
 
-def load_checkpoint(path):
-    """Read a checkpoint: tensors and plain types only, no pickled code is run. None: no file.
+def previous_to(path):
+    """Where the checkpoint before the newest one is kept."""
+    return path.removesuffix(".pt") + "_previous.pt"
 
-    Raises InputError when the file is not a checkpoint of a training script.
-    """
-    if not os.path.exists(path):
-        return None
+
+def load_checkpoint(path):
+    """Read a checkpoint: tensors and plain types only, no pickled code is run. Raises InputError
+    when the file cannot be read, BadCheckpoint when it is no checkpoint of a training script."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         missing = {"step", "config", "model", "optimizer", "images"} - saved.keys()
+    except (OSError, MemoryError) as error:  # may be readable another time
+        raise InputError(f"cannot read {path!r}: {error}") from error
     except Exception as error:  # torch.load raises many kinds on files that are none
-        raise InputError(f"{path!r} is not a checkpoint ({type(error).__name__}); move it away to "
-                         "start afresh, or name another --out") from error
+        raise BadCheckpoint(f"{path!r} is not a checkpoint ({type(error).__name__})") from error
     if missing:
-        raise InputError(f"{path!r} is not a training checkpoint, it lacks "
-                         f"{', '.join(sorted(missing))}; name another --out")
+        raise BadCheckpoint(f"{path!r} is not a training checkpoint, it lacks "
+                            f"{', '.join(sorted(missing))}")
     return saved
 
 
-def save_checkpoint(path, step, cfg, machine, plan, model, optimizer):
-    """All that going on after `step` needs: plain types and tensors only."""
-    state = dict(step=step, config=plain(cfg) | {"dtype": machine.dtype},
-                 images=plan.images, model=model.state_dict(), optimizer=optimizer.state_dict())
-    save_file(path, lambda f: torch.save(state, f))
+class BadCheckpoint(InputError):
+    """A file that is torn or foreign."""
+
+
+def newest_checkpoint(folder, machine):
+    """Lock the run's folder and read ckpt.pt. None: there is none.
+
+    Where it is torn or foreign, or missing since a save was cut in two, the one before it is taken
+    with a warning, marked as a `fallback`. Raises InputError when there is none to fall back to.
+    """
+    if not os.path.isdir(folder):
+        return None
+    with machine.first():
+        if machine.rank == 0:
+            lock_folder(folder)
+    path, problem = os.path.join(folder, "ckpt.pt"), None
+    if os.path.exists(path):
+        try:
+            return load_checkpoint(path)
+        except BadCheckpoint as error:
+            problem = error
+    previous, saved = previous_to(path), None
+    try:
+        saved = load_checkpoint(previous) if os.path.exists(previous) else None
+    except BadCheckpoint as error:
+        problem = problem or error
+    if problem and not saved:
+        raise InputError(f"{problem}; move it away to start afresh, or name another --out")
+    if saved and machine.rank == 0:
+        print(f"warning: {problem or f'there is no {path!r}'}; the one before it is taken, of step "
+              f"{saved['step']}", file=sys.stderr)
+    return saved and saved | {"fallback": True}
+
+
+def put_aside(path):
+    """Rename a bad newest checkpoint, so that no save moves it over the good one before it."""
+    with contextlib.suppress(FileNotFoundError):
+        os.replace(path, path + ".bad")
 
 
 def save_encoder(path, cim):
@@ -597,10 +663,20 @@ def save_encoder(path, cim):
 
 
 def resume(saved, path, cfg, machine, plan, model, optimizer):
-    """Put the checkpoint of this very run into model and optimiser; -> steps done.
+    """Put the checkpoint of this very run into model and optimiser, if there is one. -> the steps
+    done, and [row, looks] of the last of them where it was saved but never reached the log.
 
-    Raises InputError naming the fields in which its config differs from cfg, FREE ones excepted.
+    Raises InputError naming the fields in which its config differs from cfg, FREE ones excepted,
+    and when the processes found different checkpoints.
     """
+    step = saved["step"] if saved else 0  # the largest is the smallest where all are alike
+    if machine.max(step) != -machine.max(-step):
+        raise InputError(f"the processes found different checkpoints in {cfg.out!r}: all nodes "
+                         "need to see the same folder")
+    if not saved:
+        return 0, None
+    if machine.rank == 0 and "fallback" in saved:
+        put_aside(path)
     theirs = plain(type(cfg)()) | saved["config"] | {"number of images": saved["images"]}
     mine = plain(cfg) | {"dtype": machine.dtype, "number of images": plan.images}
     differ = [f"{k} ({theirs.get(k)} there, {mine.get(k)} here)"
@@ -615,7 +691,18 @@ def resume(saved, path, cfg, machine, plan, model, optimizer):
     except (RuntimeError, ValueError, KeyError) as error:
         raise InputError(f"{path!r} does not fit this version of the code; name another --out to "
                          "start afresh") from error
-    return saved["step"]
+    row = saved.get("row")
+    lost = machine.rank == 0 and row and all(r["step"] != step for r in read_log(cfg.out))
+    return step, row if machine.max(int(bool(lost))) else None
+
+
+def read_log(folder):
+    """The rows of log.jsonl, without those that a crash tore."""
+    with contextlib.suppress(FileNotFoundError), \
+            open(os.path.join(folder, "log.jsonl"), errors="replace") as f:
+        for line in f:
+            with contextlib.suppress(ValueError):
+                yield json.loads(line)
 
 
 def plain(cfg):
@@ -623,19 +710,26 @@ def plain(cfg):
     return json.loads(json.dumps(dataclasses.asdict(cfg)))
 
 
+STOPPERS = [signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
+STOPPED = 75  # exit status after one of them: EX_TEMPFAIL, the same command should be run again
+
+
 class Journal:
-    """What a loop does besides training: the clock, config.json, log.jsonl, checkpoints.
+    """What a loop does besides training: the clock, config.json, log.jsonl, checkpoints, signals.
 
     Every process has one, so that all agree on what is due; process 0 writes. Going on after step
-    `start` drops the rows beyond it, which belong to steps that were lost.
+    `start` drops the rows beyond it, which belong to steps that were lost, and adds the `unlogged`
+    one of it. look() -> a dict of `measures` on held-out images. Raises InputError: another run is
+    at work in the folder, or it cannot be written.
     """
 
     SHOWN = {"skill": "skill {:.3f}", "rank": "feature rank {:.1f}", "top1": "top-1 {:.2f}%",
              "top5": "top-5 {:.2f}%", "mfu": "mfu {:.0%}"}
 
-    def __init__(self, cfg, machine, plan, start, gflop_per_image):
+    def __init__(self, cfg, machine, plan, start, unlogged, look, measures, gflop_per_image):
         self.cfg, self.machine, self.plan = cfg, machine, plan
-        self.start = self.logged = self.saved = start
+        self.look, self.nothing = look, dict.fromkeys(measures)
+        self.logged = self.saved = start
         self.checkpoint, self.path = (os.path.join(cfg.out, n) for n in ("ckpt.pt", "log.jsonl"))
         self.bad = BadImages(plan.images)
         self.clock, self.waited, self.ticks = None, 0.0, []
@@ -643,28 +737,40 @@ class Journal:
         self.broken = torch.tensor(sys.maxsize, device=machine.device)  # first step not finite
         self.peak = peak_tflops(machine)
         self.gflop = gflop_per_image() if self.peak or cfg.bench else 0
+        self.asked = 0  # the signal that asked to stop
         with machine.first():
             if machine.rank == 0:
                 self.open()
+        if not cfg.bench:
+            for number in STOPPERS:
+                signal.signal(number, self.ask)
+        if unlogged:
+            self.add(*unlogged)
 
     def open(self):
-        """Make the folder, write config.json, and keep the log's rows up to `start`."""
+        """Make the folder and lock it, write config.json, keep the log's rows up to the checkpoint.
+        """
         make_folder(self.cfg.out)
         if self.cfg.bench:
             return
-        config, kept = json.dumps(plain(self.cfg), indent=1), ""
+        lock_folder(self.cfg.out)
+        config = json.dumps(plain(self.cfg), indent=1)
         save_file(os.path.join(self.cfg.out, "config.json"), lambda f: f.write(config.encode()))
-        for row in self.rows() if self.start else []:
-            kept += json.dumps(row) + "\n" if row["step"] <= self.start else ""
+        kept = "".join(json.dumps(row) + "\n" for row in read_log(self.cfg.out)
+                       if row["step"] <= self.saved)
         save_file(self.path, lambda f: f.write(kept.encode()))
 
-    def rows(self):
-        """The rows of the log, without those that a crash tore."""
-        if os.path.exists(self.path):
-            with open(self.path, errors="replace") as f:
-                for line in f:
-                    with contextlib.suppress(ValueError):
-                        yield json.loads(line)
+    def close(self):
+        """Give back the signals and the folder."""
+        if not self.cfg.bench:
+            for number in STOPPERS:
+                signal.signal(number, signal.SIG_DFL)
+        if self.cfg.out in LOCKS:
+            LOCKS.pop(self.cfg.out).close()
+
+    def ask(self, number, _):
+        """A signal asks to stop: after this step, when all processes can."""
+        self.asked = number
 
     def fetch(self, loader):
         """The loader's next batch. The clock of a stretch of steps starts at its first one."""
@@ -674,50 +780,67 @@ class Journal:
         self.waited += time.perf_counter() - asked
         return batch
 
-    def due(self, done, lr, grad_norm, looks):
-        """-> (whether step `done` is logged, whether this process saves it). Raises InputError
-        where one is due and a gradient was not finite since. Under --bench, times the step."""
-        cfg = self.cfg
+    def end_step(self, done, loss, lr, grad_norm, looks, model, optimizer, **more):
+        """What is due after step `done`: its row, a checkpoint, a look at held-out images where
+        `looks`, the end where a signal asked for it. Raises InputError where something is due and
+        a gradient was not finite since, SystemExit(STOPPED) at the end. loss: of this process.
+        """
+        cfg, machine = self.cfg, self.machine
         if cfg.bench:
-            self.machine.synchronize()
+            machine.synchronize()
             self.ticks.append((time.perf_counter(), self.waited))
-            return False, False
+            return
         now = torch.where(grad_norm.isfinite(), sys.maxsize, done)
         self.broken = torch.minimum(self.broken, now)
-        last = done == self.plan.stop
-        logs = looks or last or done == self.start + 1 or due(done, cfg.log_every)
-        saves = self.machine.rank == 0 and (  # alone: a clock must not decide what all do together
-            last or due(done, cfg.save_every) or
+        stops, last = machine.max(self.asked), done == self.plan.stop
+        looks = looks or last
+        logs = looks or done == 1 or due(done, cfg.log_every)
+        saves = machine.rank == 0 and (  # alone: a clock must not decide what all do together
+            looks or stops or due(done, cfg.save_every) or
             0 < 60 * cfg.save_minutes < time.perf_counter() - self.saved_at)
-        if (logs or saves) and int(self.broken) <= done:
+        if (logs or saves or stops) and int(self.broken) <= done:
             good = f"{self.checkpoint!r} of step {self.saved}" if self.saved else "none"
             raise InputError(f"loss or gradient not finite at step {int(self.broken)}, lr "
                              f"{lr:.3g}; the last good checkpoint is {good}. Try a lower --lr and "
                              "another --out")
-        return logs, saves
+        row = self.row(done, loss, lr, grad_norm, more) if logs else None
+        if saves:  # before the look, which takes its time
+            self.save(done, model, optimizer, row and [row, looks])
+        if stops and not last:
+            machine.max(0)  # all wait for the save
+            if machine.rank == 0:
+                print(f"stopped after step {done} by {signal.Signals(stops).name} and saved; the "
+                      "same command goes on", file=sys.stderr)
+            self.close()
+            raise SystemExit(STOPPED)
+        if logs:
+            self.add(row, looks)
 
-    def row(self, done, loss, lr, **more):
-        """What is logged of step `done`; stops the clock. loss: of this process's share."""
+    def row(self, done, loss, lr, grad_norm, more):
+        """What is logged of step `done`; stops the clock."""
         self.machine.sum(loss)
         seconds = time.perf_counter() - self.clock
         rate = (done - self.logged) * self.cfg.batch_size / seconds
         mfu = rate * self.gflop / self.machine.world / self.peak / 1e3 if self.peak else None
         row = dict(step=done, epoch=done / self.plan.per_epoch,
                    loss=loss.item() / self.machine.world, lr=lr, images_per_s=rate,
-                   data_wait=self.waited / seconds, mfu=mfu, **more)
+                   data_wait=self.waited / seconds, mfu=mfu, grad_norm=grad_norm.item(), **more)
         self.logged, self.clock, self.waited = done, None, 0.0
         return row
 
-    def add(self, row):
-        """Append a row to the file and print it as a line."""
-        self.last = row
+    def add(self, row, looks):
+        """Look at held-out images, if so; append the row to the file and print it as a line."""
+        self.last = row = row | (self.look() if looks else self.nothing)
         if self.machine.rank > 0:
             return
         try:
             with open(self.path, "a") as f:
                 f.write(json.dumps(row) + "\n")
+                f.flush()
+                os.fsync(f.fileno())
         except OSError as error:
-            raise InputError(f"cannot write {self.path!r}: {error.strerror}") from error
+            raise InputError(f"step {row['step']}: cannot write {self.path!r}: {error.strerror}"
+                             ) from error
         shown = "".join(text.format(row[name]) + "  " for name, text in self.SHOWN.items()
                         if row.get(name) is not None)
         left = (self.plan.stop - row["step"]) * self.cfg.batch_size / row["images_per_s"]
@@ -725,10 +848,48 @@ class Journal:
               f"lr {row['lr']:.2e}  {row['images_per_s']:.0f} images/s  waiting for data "
               f"{row['data_wait']:.0%}  {plain_time(left)} left", flush=True)
 
-    def save(self, done, model, optimizer):
-        """Write the checkpoint of step `done`."""
-        save_checkpoint(self.checkpoint, done, self.cfg, self.machine, self.plan, model, optimizer)
+    def save(self, done, model, optimizer, row=None):
+        """Write the checkpoint of step `done`, plain types and tensors only: all that going on
+        needs. row: [the row of that step, whether it looks], in case it never reaches the log."""
+        state = dict(step=done, config=plain(self.cfg) | {"dtype": self.machine.dtype}, row=row,
+                     images=self.plan.images, model=model.state_dict(),
+                     optimizer=optimizer.state_dict())
+        try:
+            save_file(self.checkpoint, lambda f: torch.save(state, f), previous_to(self.checkpoint))
+        except InputError as error:
+            raise InputError(f"step {done}: {error}") from error
         self.saved_at, self.saved = time.perf_counter(), done
+
+
+LOCKS = {}  # the open files whose locks this process holds
+
+
+def lock_folder(folder):
+    """Lock a folder until Journal.close or the end of the process. Raises InputError when another
+    process has it. lockf, since loader workers that outlive a killed run for some seconds would
+    inherit a flock."""
+    if folder in LOCKS:  # a second open file, once closed, would give the lock away
+        return
+    try:
+        import fcntl
+        lock = open(os.path.join(folder, "lock"), "a+")
+    except ImportError:  # Windows
+        return
+    except OSError as error:
+        raise InputError(f"cannot write to the folder {folder!r}: {error.strerror}") from error
+    try:
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except (BlockingIOError, PermissionError):
+        lock.seek(0)
+        raise InputError(f"another run is at work in {folder!r} ({lock.read().strip()}): wait for "
+                         "it, or name another --out") from None
+    except OSError:  # a file system without locks
+        pass
+    LOCKS[folder] = lock
+    with contextlib.suppress(OSError):  # only for the other run's message
+        lock.truncate(0)
+        lock.write(f"process {os.getpid()} on {platform.node()}\n")
+        lock.flush()
 
 
 def plain_time(seconds):
@@ -779,7 +940,7 @@ class HeldOut:
     collapse.
     """
 
-    NOTHING = dict.fromkeys(("baseline", "skill", "skill_swapped", "heldout_loss", "rank"))
+    MEASURES = ("baseline", "skill", "skill_swapped", "heldout_loss", "rank")
 
     def __init__(self, source, indices, cfg, machine):
         dataset = contexts_of(source, indices, cfg)
@@ -811,8 +972,16 @@ class HeldOut:
                     skill_swapped=1 - swapped / baseline,
                     rank=effective_rank(features.flatten(0, 1).cpu().double()))
 
+    def look(self, cim):
+        """evaluate, and the contact sheet of the first images with predicted maps (Figures 5, 6).
+        """
+        score = self.evaluate(cim)
+        if self.machine.rank == 0:
+            self.picture(cim, os.path.join(self.cfg.out, "maps.png"))
+        return score
+
     def picture(self, cim, path, rows=4):
-        """Write the contact sheet of the first images, with predicted maps (Figures 5 and 6)."""
+        """Write the contact sheet to `path`."""
         context, exemplars, maps, theta = make_pairs(self.contexts[:rows], self.u[:rows], self.cfg)
         with measuring(cim, self.machine):
             _, logits = cim(context, exemplars, maps)
@@ -902,28 +1071,28 @@ def accelerate(model, machine):
 def main(argv=None):
     """The run of a Config, from the command line to encoder.pt; goes on from out/ckpt.pt."""
     cfg = parse_config(Config, PRESETS, argv, __doc__.split("\n")[0])
-    machine = setup_machine(cfg.device, cfg.dtype, cfg.compile)
+    machine = setup_machine(cfg.device, cfg.dtype, cfg.compile, cfg.timeout)
     with machine.first():
         (source, indices), validation, sentence = crop.train_and_val(
             cfg.data, cfg.seed, crop.read_classes(cfg.classes))
     plan = make_plan(cfg, machine, len(indices))
     cim, optimizer = build(cfg, machine)
     checkpoint, encoder = (os.path.join(cfg.out, name) for name in ("ckpt.pt", "encoder.pt"))
-    saved, start = None if cfg.bench else load_checkpoint(checkpoint), 0
-    if saved:
-        start = resume(saved, checkpoint, cfg, machine, plan, cim, optimizer)
-    if start >= plan.stop:
+    saved = None if cfg.bench else newest_checkpoint(cfg.out, machine)
+    start, unlogged = resume(saved, checkpoint, cfg, machine, plan, cim, optimizer)
+    if start >= plan.stop and not unlogged:
         if machine.rank == 0:
             if not os.path.exists(encoder):
                 save_encoder(encoder, cim)
             print(f"finished: {start} of {plan.stop} steps are done; the encoder is {encoder}")
         return
-    journal = Journal(cfg, machine, plan, start, functools.partial(gflop_per_image, cfg))
     if machine.rank == 0:
         print(plan.describe(cfg, machine, sentence, start,
                             f"contexts, each with {cfg.exemplars} exemplars"), flush=True)
 
     held_out = HeldOut(*validation, cfg, machine)
+    journal = Journal(cfg, machine, plan, start, unlogged, functools.partial(held_out.look, cim),
+                      HeldOut.MEASURES, functools.partial(gflop_per_image, cfg))
     loader = iter(make_loader(contexts_of(source, indices, cfg),
                               micro_batches(cfg, plan, machine.rank, range(start, plan.stop)),
                               cfg.workers, machine))
@@ -950,18 +1119,8 @@ def main(argv=None):
         optimizer.step()
         optimizer.zero_grad()
         cim.update_target(tau)
-
-        done = step + 1
-        looks = not cfg.bench and (done == plan.stop or due(done, cfg.eval_every))
-        logs, saves = journal.due(done, lr, grad_norm, looks)
-        if logs:
-            row = journal.row(done, loss, lr, tau=None if cim.target is cim.online else tau,
-                              grad_norm=grad_norm.item())
-            journal.add(row | (held_out.evaluate(cim) if looks else HeldOut.NOTHING))
-        if saves:
-            journal.save(done, cim, optimizer)
-        if looks and machine.rank == 0:
-            held_out.picture(cim, os.path.join(cfg.out, "maps.png"))
+        journal.end_step(step + 1, loss, lr, grad_norm, due(step + 1, cfg.eval_every), cim,
+                         optimizer, tau=None if cim.target is cim.online else tau)
 
     if cfg.bench:
         bench_report("pretrain", journal)
@@ -970,22 +1129,44 @@ def main(argv=None):
         print(f"done: {cfg.out} holds encoder.pt, maps.png, log.jsonl and ckpt.pt; on held-out "
               "images skill is {skill:.3f}, with swapped exemplars {skill_swapped:.3f} (0: nothing "
               "is read from the exemplar)".format(**journal.last))
+    journal.close()
 
 
 def run(main):
     """Call a script's main: what the user can mend becomes one sentence and status 1."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
     try:
         main()
+        if dist.is_initialized():  # not after an error: others may not be there to part from
+            dist.destroy_process_group()
+        return
     except InputError as error:
         told = os.environ.get("RANK", "0") != "0" and not isinstance(error, LocalError)
-        sys.exit(1 if told else f"{os.path.basename(sys.argv[0])}: {error}")
+        reason = "" if told else f"{os.path.basename(sys.argv[0])}: {error}"
     except torch.OutOfMemoryError as error:
-        sys.exit(f"out of memory: a smaller --micro_batch takes less ({error})")
+        reason = f"out of memory: a smaller --micro_batch takes less ({error})"
+    except RuntimeError as error:
+        said = str(error).splitlines()[0]
+        lost = isinstance(error, dist.DistError) or re.search("gloo|nccl|connection", said, re.I)
+        if re.search(r"DataLoader (worker \(pid|timed out)", said):
+            reason = (f"the images do not come: {said} Fewer --workers take less memory, a longer "
+                      "--timeout waits for slow storage")
+        elif world > 1 and lost:
+            reason = (f"process {os.environ['RANK']} lost the others, or waited for them longer "
+                      f"than --timeout ({said}); what ended them is said elsewhere. The same "
+                      "command goes on from the last checkpoint")
+        else:
+            raise
     except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from the last checkpoint of a training run")
+        reason = "stopped; the same command goes on from the last checkpoint of a training run"
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader would complain
+        for worker in multiprocessing.active_children():  # one may hang in its storage
+            worker.kill()
+    if reason:
+        print(reason, file=sys.stderr, flush=True)
+    sys.exit(1)
 
 
 if __name__ == "__main__":

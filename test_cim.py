@@ -2,8 +2,9 @@
 
 In lecture order: 1. crops (paper 3.2, Figure 3, Table 1); 2. images; 3. the model (Figure 2,
 Eqs. 2-7); 4. ablations (Tables 1 to 4, Figure 4); 5. training (Table 9); 6. honesty: does it learn
-what it says; 7. transfer (Tables 10, 11); 8. evaluation (Table 8); 9. files and bad input.
-Nothing is downloaded, no GPU is needed. `pytest -k map` runs the tests with "map" in their name.
+what it says; 7. transfer (Tables 10, 11); 8. evaluation (Table 8); 9. survival; 10. files and bad
+input. Nothing is downloaded, no GPU is needed. `pytest -k map` runs the tests with "map" in their
+name; `pytest -m soak` the one that takes long.
 """
 
 import argparse
@@ -11,11 +12,16 @@ import dataclasses
 import json
 import math
 import os
+import random
 import re
 import shutil
+import signal
+import struct
 import subprocess
 import sys
+import time
 import types
+import zlib
 from fractions import Fraction
 from functools import partial
 
@@ -750,8 +756,8 @@ def test_the_deep_predictor_is_three_deconvolutions():
 
 
 def test_siamfc_and_siamrpn_correlate_features():
-    """Eq. 1: f(z) * f(c) + b over all channels, the exemplar's feature map being the kernel. SiamRPN
-    makes one kernel for the map and four for the box of it by a convolution."""
+    """Eq. 1: f(z) * f(c) + b over all channels, the exemplar's feature map being the kernel.
+    SiamRPN makes one kernel for the map and four for the box of it by a convolution."""
     h_c, h_z = rand(2, 25, 6), rand(2, 3, 1 + 4, 6)
     fc, rpn = model.SiamFC(6, 5).double(), model.SiamRPN(6, 5).double()
     nn.init.constant_(fc.bias, 0.3)
@@ -1006,13 +1012,9 @@ def test_two_processes_equal_one(tmp_path):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
 
 
-def test_saving_by_the_clock_does_not_part_the_processes(tmp_path):
-    """--save_minutes looks at the clock of process 0 alone; the others do not wait for it. An error
-    that all share is told once, without a traceback from our code on the other processes."""
+def test_an_error_of_all_processes_is_told_once(tmp_path):
+    """An error that all share is told by process 0, without a traceback from our code on others."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "pretrain.py"]
-    result = command(*launch, *TINY, "--max_steps=25", "--log_every=100", "--save_minutes=0.005",
-                     f"--out={tmp_path / 'run'}")
-    assert result.returncode == 0, result.stderr
     (tmp_path / "file").write_text("in the way")
     result = command(*launch, *TINY, "--max_steps=2", f"--out={tmp_path / 'file'}")
     assert result.returncode and result.stderr.count("cannot make the folder") == 1, result.stderr
@@ -1521,13 +1523,19 @@ def test_a_linear_probe_trains_the_head_alone(classes3, tmp_path):
                      "fc_norm.num_batches_tracked"}
 
 
-def test_fine_tuning_goes_on_bit_for_bit(classes3, tmp_path):
-    """Two steps and two resumed ones equal four, with everything random on; another recipe on the
-    same folder is an error that names what differs."""
+@pytest.mark.parametrize("name", pretrain.STOPPERS)
+def test_fine_tuning_goes_on_bit_for_bit(name, classes3, tmp_path, monkeypatch):
+    """A run stopped by a signal in its second step and resumed equals the whole, with everything
+    random on; another recipe on the same folder is an error that names what differs."""
     flags = ["--mixup=0.8", "--cutmix=1", "--drop_path=0.5", "--randaugment_p=0.5",
              "--erasing=0.5", "--repeats=3"]
     whole = tune(tmp_path / "a", classes3, *flags, "--max_steps=4")
-    tune(tmp_path / "b", classes3, *flags, "--max_steps=2")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        patch.setattr(finetune, "set_learning_rate", lambda optimizer, lr: (
+            pretrain.set_learning_rate(optimizer, lr), lr < 1e-4 or signal.raise_signal(name)))
+        tune(tmp_path / "b", classes3, *flags, "--max_steps=4")
+    assert stop.value.code == 75
+    assert [r["step"] for r in pretrain.read_log(tmp_path / "b")] == [1]
     parts = tune(tmp_path / "b", classes3, *flags, "--max_steps=4", "--workers=1")
     assert [r["loss"] for r in whole] == [r["loss"] for r in parts]
     a, b = (torch.load(tmp_path / x / "model.pt", weights_only=True)["weights"] for x in "ab")
@@ -1779,7 +1787,229 @@ def test_evaluation_that_cannot_work_is_named(flags, words, tmp_path):
               *(flag.format(tmp=tmp_path) for flag in flags))
 
 
-# --------------------------------------------------------------------- 9. files and bad input
+# -------------------------------------------------------------------------------- 9. survival
+
+LONG = [*TINY, "--max_steps=24", "--log_every=3", "--eval_every=8", "--save_every=2"]
+
+
+def spawn(out, *flags, launch=()):
+    """Start pretrain.py in the background."""
+    return subprocess.Popen([sys.executable, *launch, "pretrain.py", *LONG, f"--out={out}", *flags],
+                            cwd=HERE, env={**os.environ, "OMP_NUM_THREADS": "1"}, text=True,
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+
+
+def wait_for(out, step, process):
+    """Wait until the log of a run has reached a step."""
+    for _ in range(1200):
+        if any(row["step"] >= step for row in pretrain.read_log(str(out))):
+            return
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    raise TimeoutError(f"no step {step}")
+
+
+def outcome(out):
+    """What a run leaves that must not depend on what it went through."""
+    rows = list(pretrain.read_log(str(out)))
+    for row in rows:
+        del row["images_per_s"], row["data_wait"]
+    return rows, torch.load(out / "encoder.pt", weights_only=True)
+
+
+def same(a, b):
+    return a[0] == b[0] and all(torch.equal(v, b[1][k]) for k, v in a[1].items())
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """The outcome of LONG, one process and one thread as in spawn."""
+    out = tmp_path_factory.mktemp("uninterrupted")
+    process = spawn(out)
+    assert process.wait(240) == 0, process.stderr.read()
+    rows, encoder = outcome(out)
+    assert [r["step"] for r in rows] == [1, 3, 6, 8, 9, 12, 15, 16, 18, 21, 24]
+    return rows, encoder
+
+
+def test_a_run_goes_on_as_if_nothing_had_happened(tmp_path, uninterrupted):
+    """SIGTERM, as schedulers send it: the step is finished and saved, status 75 says "run me
+    again". kill -9: the next run does not wait for loader workers that are still there. Then the
+    same command gives the encoder of the uninterrupted run, bit for bit, and its log. While a run
+    is at work a second one in its folder refuses."""
+    process = spawn(tmp_path, "--save_every=0", "--workers=1")
+    wait_for(tmp_path, 6, process)
+    with pytest.raises(InputError, match=rf"at work in .* \(process {process.pid} on"):
+        pretrain.main([*LONG, f"--out={tmp_path}"])
+    process.terminate()
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode == pretrain.STOPPED == os.EX_TEMPFAIL
+    step = int(re.search(r"stopped after step (\d+) by SIGTERM and saved", said)[1])
+    assert torch.load(tmp_path / "ckpt.pt", weights_only=True)["step"] == step >= 6
+    process = spawn(tmp_path, "--workers=1")
+    wait_for(tmp_path, 15, process)
+    process.kill()
+    process.wait()
+    process = spawn(tmp_path)
+    assert process.wait(240) == 0, process.stderr.read()
+    assert same(outcome(tmp_path), uninterrupted)
+
+
+@pytest.mark.soak
+def test_thirty_kills_at_any_moment(tmp_path, uninterrupted):
+    """The same with 30 kills at random times from start-up to the end, in the midst of saves."""
+    kills = done = 0
+    ends = set()
+    while not done:
+        process = spawn(tmp_path, "--save_every=1", f"--workers={kills % 2}")
+        try:
+            assert process.wait(random.uniform(0.5, 9) if kills < 30 else 240) == 0
+            if kills < 30:  # it got through: begin again
+                assert same(outcome(tmp_path), uninterrupted)
+                shutil.rmtree(tmp_path)
+            done = kills >= 30
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            kills += 1
+            steps = [row["step"] for row in pretrain.read_log(str(tmp_path))]
+            print(f"kill {kills} after step {steps[-1:]}")
+            ends.add(max(steps, default=0))
+            assert steps == sorted(set(steps))
+    assert same(outcome(tmp_path), uninterrupted) and len(ends) >= 5
+
+
+def test_torchrun_stops_restarts_and_changes_its_size(tmp_path, uninterrupted):
+    """Under torchrun SIGTERM ends all processes after the same step; one process killed makes it
+    restart them all; then one process ends the run of two: equal to float rounding."""
+    launch = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    process = spawn(tmp_path, "--save_minutes=0.005", launch=launch)
+    wait_for(tmp_path, 3, process)
+    process.terminate()
+    process.wait(60)
+    said = process.stderr.read()
+    assert said.count("by SIGTERM and saved") == 1, said
+    process = spawn(tmp_path, "--max_steps=16", launch=(*launch, "--max_restarts=1"))
+    wait_for(tmp_path, 6, process)
+    workers = open(f"/proc/{process.pid}/task/{process.pid}/children").read().split()
+    assert len(workers) == 2
+    os.kill(int(workers[1]), signal.SIGKILL)
+    said = process.communicate(timeout=240)[1]
+    assert process.returncode == 0 and "exitcode: -9" in said, said
+    process = spawn(tmp_path)
+    assert process.wait(240) == 0, process.stderr.read()
+    rows, encoder = outcome(tmp_path)
+    assert [r["step"] for r in rows] == [r["step"] for r in uninterrupted[0]]
+    for a, b in zip(rows, uninterrupted[0]):
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert (a["skill"] is None) == (b["skill"] is None)
+    for key, value in uninterrupted[1].items():
+        torch.testing.assert_close(encoder[key], value, atol=1e-4, rtol=1e-3)
+
+
+def test_a_process_that_starves_ends_all_with_a_reason(tmp_path):
+    """Storage that never answers, here a pipe named .jpg: within --timeout each process of two says
+    what it waited for, and none hangs."""
+    save_images(tmp_path / "train", 15)
+    save_images(tmp_path / "val", 4)
+    os.mkfifo(tmp_path / "train" / "pipe.jpg")
+    process = spawn(tmp_path / "out", f"--data={tmp_path}", "--workers=1", "--timeout=0.15",
+                    launch=("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"))
+    said = process.communicate(timeout=120)[1]
+    assert process.returncode and "the images do not come" in said and "lost the others" in said
+
+
+@pytest.mark.parametrize("harm", ["truncated", "foreign", "missing"])
+def test_the_checkpoint_before_the_last_one_is_kept(harm, tmp_path, capsys):
+    """A newest checkpoint that is torn, of another program, or missing since a save was cut in two:
+    the one before it is taken, with a warning, and it is still there after the next save."""
+    demo(tmp_path, "--max_steps=3", "--save_every=2")
+    path, before = tmp_path / "ckpt.pt", encoder_of(tmp_path)
+    if harm == "truncated":
+        path.write_bytes(path.read_bytes()[:-1000])
+    elif harm == "foreign":
+        torch.save({"weights": torch.zeros(3)}, path)
+    else:
+        path.unlink()
+    (tmp_path / "encoder.pt").unlink()
+    rows = demo(tmp_path, "--max_steps=3", "--save_every=2")
+    assert "taken, of step 2" in capsys.readouterr().err and [r["step"] for r in rows] == [1, 2, 3]
+    assert all(torch.equal(v, before[k]) for k, v in encoder_of(tmp_path).items())
+    kept = [pretrain.load_checkpoint(str(tmp_path / n)) for n in ("ckpt.pt", "ckpt_previous.pt")]
+    assert [c["step"] for c in kept] == [3, 2]
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_there_is_no_moment_without_a_checkpoint(torn, tmp_path, monkeypatch):
+    """Whichever move of whichever save is the last that is done, a good checkpoint is found."""
+    machine = pretrain.Machine(torch.device("cpu"), 0, 1, "float32", False)
+    path, names = tmp_path / "ckpt.pt", ("config", "model", "optimizer", "images")
+
+    def save(step):
+        state = dict.fromkeys(names, 0) | {"step": step}
+        previous = pretrain.previous_to(str(path))
+        pretrain.save_file(str(path), lambda f: torch.save(state, f), previous)
+
+    for last in range(6):
+        save(1), save(2)
+        if torn:
+            path.write_bytes(path.read_bytes()[:100])
+        calls, move = iter(range(9)), os.replace
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            def replace(a, b):
+                if next(calls) == last:
+                    raise KeyboardInterrupt
+                move(a, b)
+
+            patch.setattr(os, "replace", replace)
+            if "fallback" in pretrain.newest_checkpoint(str(tmp_path), machine):
+                pretrain.put_aside(str(path))
+            for step in (3, 4, 5):
+                save(step)
+            raise KeyboardInterrupt
+        found = pretrain.newest_checkpoint(str(tmp_path), machine)
+        assert found["step"] >= (1 if torn else 2)
+    path.write_bytes(b"")
+    (tmp_path / "ckpt_previous.pt").write_bytes(b"")
+    with pytest.raises(InputError, match="is not a checkpoint .* move it away"):
+        pretrain.newest_checkpoint(str(tmp_path), machine)
+    path.unlink()
+    with pytest.raises(InputError, match="ckpt_previous.pt' is not a checkpoint"):
+        pretrain.newest_checkpoint(str(tmp_path), machine)
+
+
+def test_a_row_that_never_reached_the_log_is_added(tmp_path):
+    """A checkpoint is saved before held-out images are looked at: a run killed in between makes up
+    for the look, even after its last step."""
+    whole = demo(tmp_path, "--max_steps=2")
+    lines = (tmp_path / "log.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "log.jsonl").write_text(lines[0])
+    (tmp_path / "encoder.pt").unlink()
+    assert demo(tmp_path, "--max_steps=2") == whole
+    assert (tmp_path / "encoder.pt").exists()
+
+
+def test_absurd_images_and_file_names(tmp_path, capsys):
+    """A PNG that claims 30,000 x 30,000 pixels and one with broken EXIF are named or read; spaces,
+    umlauts and line breaks in names work."""
+    save_images(tmp_path / "a", 40)
+    odd = tmp_path / "a" / "b c\n\u00e4.jpg"
+    (tmp_path / "a" / "000.jpg").rename(odd)
+    chunks = [b"IHDR" + struct.pack(">IIBBBBB", 30000, 30000, 8, 2, 0, 0, 0), b"IEND"]
+    chunks = [struct.pack(">I", len(c) - 4) + c + struct.pack(">I", zlib.crc32(c)) for c in chunks]
+    (tmp_path / "a" / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunks))
+    exif = b"Exif\0\0MM\0*\xff\xff\xff\xff"
+    Image.new("RGB", (30, 30)).save(tmp_path / "a" / "exif.jpg", exif=exif)
+    source = crop.Folder(str(tmp_path / "a"))
+    data = contexts_of(source, list(range(len(source))), 32, 0)
+    failed = [name for i in range(len(data)) for name, _ in data[0, i][1]]
+    assert failed == [str(tmp_path / "a" / "bomb.png")] and str(odd) in map(source.name, range(42))
+    odd.write_text("no image")
+    demo(tmp_path / "out", f"--data={tmp_path}", "--max_steps=5")
+    assert r"b c\nä.jpg' (" in capsys.readouterr().err
+
+
+# -------------------------------------------------------------------- 10. files and bad input
 
 @pytest.mark.parametrize("flags, words", [
     (["--batchsize=4"], "unknown flag --batchsize; did you mean --batch_size"),
@@ -1925,12 +2155,12 @@ def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, monkeypatch):
     demo(tmp_path, "--max_steps=1")
     before = (tmp_path / "ckpt.pt").read_bytes()
 
-    def full(_):
+    def full(*_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
-        with pytest.raises(InputError, match="No space left on device"):
+        patch.setattr(torch, "save", full)
+        with pytest.raises(InputError, match="step 2: cannot write .*No space left on device"):
             demo(tmp_path, "--max_steps=2")
     assert (tmp_path / "ckpt.pt").read_bytes() == before
     assert not list(tmp_path.glob("*.tmp"))
@@ -1952,8 +2182,8 @@ def test_the_log_holds_what_the_design_says(tmp_path):
     assert {"step", "epoch", "loss", "lr", "images_per_s", "tau", "grad_norm", "baseline",
             "skill"} <= set(rows[0])
     assert rows[0]["loss"] == pytest.approx(math.log(2), rel=0.02)
-    assert {f.name for f in tmp_path.iterdir()} == {"config.json", "log.jsonl", "ckpt.pt",
-                                                    "encoder.pt", "maps.png"}
+    assert {f.name for f in tmp_path.iterdir()} == {
+        "config.json", "log.jsonl", "ckpt.pt", "ckpt_previous.pt", "encoder.pt", "maps.png", "lock"}
     assert Image.open(tmp_path / "maps.png").width > 600
     state = encoder_of(tmp_path)
     model.build_encoder("vit_d8").load_state_dict(state)
