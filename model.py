@@ -518,8 +518,8 @@ class Tracking(CIM):
 
     def __init__(self, head, encoder="vit_b16", context_size=160, freeze_patch_embed=True):
         super().__init__(encoder, context_size, freeze_patch_embed=freeze_patch_embed,
-                         bootstrap="shared")
-        self.decoder = TRACKERS[head](self.online.width, context_size // self.online.stride)  # anew
+                         bootstrap="shared")  # its decoder gives way to the head:
+        self.decoder = TRACKERS[head](self.online.width, context_size // self.online.stride)
 
     def forward(self, context, exemplars, maps):
         """As CIM.forward."""
