@@ -53,7 +53,7 @@ class Config:
     # where
     init: str = "out/pretrain/encoder.pt"  # a file with the encoder's weights, or scratch
     use_target: bool = False  # take the moving average out of a pre-training checkpoint
-    data: str = "data/imagenet"  # a folder, train/CLASS/* and val/CLASS/*, or a built-in source
+    data: str = "data/imagenet"  # train/CLASS/* and val/CLASS/*; a built-in source; none: --bench
     classes: str = ""  # a file with the names of the class folders to keep, one a line
     out: str = "out/finetune"  # the run's folder: config.json, log.jsonl, ckpt.pt, model.pt
     model: str = "auto"  # the encoder; auto is the one in --init, from scratch the recipe's

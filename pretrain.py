@@ -25,6 +25,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import itertools
 import json
 import math
 import multiprocessing
@@ -59,7 +60,7 @@ class Config:
 
     preset: str = "paper"  # paper, imagenette or demo: values only, flags go before them
     # where
-    data: str = "data/imagenet"  # a folder of images, or shapes, imagenette, cifar10, stl10
+    data: str = "data/imagenet"  # a folder; shapes, imagenette, cifar10, stl10; none, for --bench
     classes: str = ""  # a file with the names of the class folders to keep, one a line
     out: str = "out/pretrain"  # the run's folder: config.json, log.jsonl, ckpt.pt, encoder.pt
     # crops (Table 1)
@@ -187,6 +188,8 @@ def check_values(cfg, **choices):
                 raise InputError(f"{name} {value} must be {bound}")
         if f.name == "seed" and value >= 2**63:
             raise InputError(f"{name} {value} must be below 2**63")
+    if cfg.data == "none" and cfg.bench in (0, *choices.get("bench", ())):
+        raise InputError("--data none is noise to time: it goes with --bench=N of training only")
 
 
 def parse_config(Config, presets, argv=None, description=None):
@@ -484,7 +487,12 @@ def quiet_worker(_):
 
 
 def make_loader(dataset, batches, workers, machine):
-    """A loader of `batches` (lists of keys); workers < 0 takes the cores at hand, 16 at most."""
+    """A loader of `batches` (lists of keys); workers < 0 takes the cores at hand, 16 at most.
+    Noise is one batch, loaded once and given for ever."""
+    if isinstance(dataset.source, crop.Noise):
+        (images, numbers), failures = crop.collate([dataset[key] for key in next(iter(batches))])
+        images = images.pin_memory() if machine.device.type == "cuda" else images
+        return itertools.repeat(((images, numbers), failures))
     if workers < 0:
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         workers = min(16, len(os.sched_getaffinity(0)) // local
@@ -1017,25 +1025,63 @@ def gflop_per_image(cfg):
 
 # -------------------------------------------------------------------------------------- 8. main
 
+def matmul_tflops(machine):
+    """The rate that the chip's matrix product really reaches in this precision, in TFLOP/s: the
+    median of seven products of squares; the floor that a step is measured against."""
+    side = 8192 if machine.device.type == "cuda" else 2048
+    a = torch.randn(side, side, device=machine.device, dtype=getattr(torch, machine.dtype))
+    seconds = []
+    for _ in range(8):
+        machine.synchronize()
+        began = time.perf_counter()
+        a @ a
+        machine.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return 2 * side**3 / float(np.median(seconds[1:])) / 1e12
+
+
+def peak_memory_gb(machine):
+    """The most memory that tensors took on a CUDA device, else that this process took."""
+    if machine.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 1e9
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes there
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
+
+
+def chip(machine):
+    """The name of the device."""
+    if machine.device.type == "cuda":
+        return torch.cuda.get_device_name()
+    if machine.device.type == "cpu" and os.path.exists("/proc/cpuinfo"):
+        with open("/proc/cpuinfo") as f:
+            named = re.search(r"model name\s*: (.*)", f.read())
+        return f"{named[1] if named else 'cpu'}, {torch.get_num_threads()} threads"
+    return machine.device.type
+
+
 def bench_report(name, journal):
     """Print the JSON of --bench and write bench.json: the time of the steps after warm-up."""
     cfg, machine, gflop = journal.cfg, journal.machine, journal.gflop
+    memory = peak_memory_gb(machine)
     steps = np.diff(np.array(journal.ticks[BENCH_WARMUP - 1:]), axis=0)  # [N, 2]: step, waiting
     median, spread = float(np.median(steps[:, 0])), np.percentile(steps[:, 0], [10, 90]).tolist()
     tflops = gflop * cfg.batch_size / median / 1e3 / machine.world
-    peak = peak_tflops(machine)
-    on_cuda = machine.device.type == "cuda"
-    memory = torch.cuda.max_memory_allocated() / 1e9 if on_cuda else None
+    peak, reached = peak_tflops(machine), matmul_tflops(machine)
     report = {"bench": name, "n": len(steps), "step_s": round(median, 5),
-            "step_s_p10_p90": [round(x, 5) for x in spread],
-            "images_per_s": round(cfg.batch_size / median, 2),
-            "data_wait": round(float(steps[:, 1].sum() / steps[:, 0].sum()), 4),
-            "gflop_per_image": round(gflop, 3), "tflops_per_process": round(tflops, 3),
-            "mfu": round(tflops / peak, 4) if peak else None, "peak_memory_gb": memory,
-            "model": cfg.model, "batch_size": cfg.batch_size, "processes": machine.world,
-            "device": torch.cuda.get_device_name() if on_cuda else machine.device.type,
-            "dtype": machine.dtype, "compile": machine.compile,
-            "torch": torch.__version__}
+              "step_s_p10_p90": [round(x, 5) for x in spread],
+              "images_per_s": round(cfg.batch_size / median, 2),
+              "data_wait": round(float(steps[:, 1].sum() / steps[:, 0].sum()), 4),
+              "gflop_per_image": round(gflop, 3), "tflops_per_process": round(tflops, 3),
+              "mfu": round(tflops / peak, 4) if peak else None,
+              "matmul_tflops": round(reached, 3), "share_of_matmul": round(tflops / reached, 4),
+              "peak_memory_gb": memory and round(memory, 2),
+              "model": cfg.model, "data": cfg.data, "batch_size": cfg.batch_size,
+              "processes": machine.world, "device": chip(machine), "dtype": machine.dtype,
+              "compile": machine.compile, "torch": torch.__version__}
     if machine.rank == 0:
         report = json.dumps(report)
         save_file(os.path.join(cfg.out, "bench.json"), lambda f: f.write(report.encode()))
