@@ -590,10 +590,11 @@ def make_pairs(context, u, exemplar_size=64, scale=(0.05, 1.0), ratio=(1 / 3, 3.
 
 # -------------------------------------------------------------------------------- 6. the picture
 
+TILE = 96  # pixels of a small picture in a contact sheet
 COLOURS = ["#e6194b", "#ffb000", "#3cb44b", "#00b4d8", "#7b61ff", "#f032e6"]
 
 
-def contact_sheet(context, exemplars, maps, theta, logits=None, tile=96):
+def contact_sheet(context, exemplars, maps, theta, logits=None, tile=TILE):
     """A picture of normalised pairs: context with its boxes, exemplars, maps, predicted maps.
 
     context [B, 3, m, m], exemplars [B, K, 3, n, n], maps and logits [B, K, m, m], theta

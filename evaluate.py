@@ -11,12 +11,14 @@
     4. k-NN        knn
     5. robustness  fgsm, pgd, imagenet_c, imagenet_a, imagenet_r, imagenet_sketch (Table 8)
     6. maps        of a pre-trained model (Figures 5 and 6)
-    7. main        one JSON line, kept in the run's folder as BENCH.json
+    7. curves      of a run's log, and its maps over training
+    8. main        one JSON line, kept in the run's folder as BENCH.json
 """
 
 import contextlib
 import glob
 import json
+import math
 import os
 import sys
 import time
@@ -25,6 +27,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
 
 import crop
 import pretrain
@@ -32,8 +35,8 @@ from crop import InputError
 from finetune import (Batches, accuracy, centre_crops, check_size, labelled_data, load_weights,
                       match_labels, read_weights)
 from model import ENCODERS, Classifier
-from pretrain import (check_values, load_checkpoint, make_folder, parse_config, run, save_file,
-                      setup_machine)
+from pretrain import (check_values, load_checkpoint, make_folder, parse_config, read_log, run,
+                      save_file, setup_machine)
 
 
 # ------------------------------------------------------------------------------------ 1. Config
@@ -42,7 +45,7 @@ from pretrain import (check_values, load_checkpoint, make_folder, parse_config, 
 class Config:
     """What to measure. A field's comment is its line in --help."""
 
-    bench: str = "top1"  # top1, knn, fgsm, pgd, imagenet_c, imagenet_a, -_r, -_sketch or maps
+    bench: str = "top1"  # top1, knn, fgsm, pgd, imagenet_c, imagenet_a, -_r, -_sketch, maps, curves
     ckpt: str = "out/finetune/model.pt"  # knn: any file of weights, or scratch; maps: ckpt.pt
     use_target: bool = False  # score the moving average of a pre-training checkpoint
     model: str = "auto"  # the encoder, for --ckpt=scratch
@@ -332,7 +335,7 @@ def maps(cfg, machine):
         shown = seen[torch.linspace(0, len(seen) - 1, cfg.rows).long()].tolist()
         contexts, numbers = crop.collate([dataset[0, i] for i in shown])[0]
         picture = crop.contact_sheet(*(x.cpu() for x in predict(machine.send(contexts), numbers)))
-        save_file(os.path.join(folder_of(cfg), "figures.png"), lambda f: picture.save(f, "PNG"))
+        save_picture(picture, os.path.join(folder_of(cfg), "figures.png"))
     return map_report(table[seen].cpu().double(), machine)
 
 
@@ -374,11 +377,115 @@ def map_report(table, machine):
     return total | dict(n=len(table), parts=parts)
 
 
+# ------------------------------------------------------------------------------------ 7. curves
+
+PANELS = [  # title, {columns of the log: their names}, {lines: heights, or a column}
+    ("loss, nats", {"loss": "training", "heldout_loss": "held-out", "val_loss": "validation"},
+     {"baseline": "the best that ignores the exemplar"}),
+    ("skill", {"skill": "held-out"}, {}),
+    ("accuracy, %", {"top1": "top-1", "top5": "top-5"}, {}),
+    ("IoU, %", {"miou": "mean IoU"}, {})]
+
+
+def curves(cfg, machine):
+    """What a run's log.jsonl holds, drawn over its steps: curves.png; and of pre-training how the
+    maps of one held-out image came about: strip.png. --ckpt is any file of the run's folder."""
+    folder = os.path.dirname(cfg.ckpt) or "."
+    log = list(read_log(folder))
+    if len(log) < 2:
+        raise InputError(f"{folder!r} has no log.jsonl of two rows or more: --bench=curves takes "
+                         "--ckpt=RUN/ckpt.pt of a training run")
+    panels = []
+    for title, columns, levels in PANELS:
+        lines = {name: [(row["step"], row[key]) for row in log if row.get(key) is not None]
+                 for key, name in columns.items()}
+        flat = {name: next((row[key] for row in log if row.get(key) is not None), None)
+                for key, name in levels.items()}
+        if flat and None not in flat.values():
+            flat["ln 2, a coin"] = math.log(2)
+        if any(len(points) > 1 for points in lines.values()):
+            panels.append(draw_panel(title, {n: p for n, p in lines.items() if p},
+                                     {n: y for n, y in flat.items() if y is not None}))
+    if machine.rank == 0:
+        save_picture(stack(panels), os.path.join(folder_of(cfg), "curves.png"))
+        looks = sorted(glob.glob(os.path.join(glob.escape(folder), "maps", "*.png")))
+        if looks:
+            save_picture(strip(looks), os.path.join(folder_of(cfg), "strip.png"))
+    return dict(steps=log[-1]["step"], rows=len(log), loss=log[-1]["loss"])
+
+
+def save_picture(picture, path):
+    """Write a PNG, all or nothing."""
+    save_file(path, lambda f: picture.save(f, "PNG"))
+
+
+def draw_panel(title, lines, levels, size=(640, 300)):
+    """A plot of lines {name: [(x, y)]} and horizontal ones {name: y}, as a PIL image."""
+    sheet = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+    left, top, right, bottom = 56, 28, size[0] - 14, size[1] - 30
+    xs = [x for points in lines.values() for x, _ in points]
+    ys = [y for points in lines.values() for _, y in points] + list(levels.values())
+    low, high = min(ys), max(ys) + 1e-9
+    low, high = low - 0.04 * (high - low), high + 0.04 * (high - low)
+
+    def at(x, y):
+        return (left + (right - left) * x / max(xs),
+                bottom - (bottom - top) * (y - low) / (high - low))
+
+    draw.text((left, 6), title, "black", font)
+    for k in range(5):
+        x, y = max(xs) * k / 4, low + (high - low) * k / 4
+        draw.line([at(0, y), at(max(xs), y)], "#e6e6e6")
+        draw.text((left - 6, at(0, y)[1]), f"{y:.3g}", "#555555", font, anchor="rm")
+        draw.text((at(x, low)[0], bottom + 6), f"{x:.0f}", "#555555", font,
+                  anchor="lt" if k == 0 else "rt" if k == 4 else "mt")
+    for colour, (name, y) in zip(("#888888", "#b0b0b0"), levels.items()):
+        draw.line([at(0, y), at(max(xs), y)], colour, 2)
+        draw.text((right - 4, at(0, y)[1] + 3), name, colour, font, anchor="rt")
+    where = right
+    for colour, (name, points) in zip((crop.COLOURS[3], crop.COLOURS[0], crop.COLOURS[2]),
+                                      lines.items()):
+        draw.line([at(*p) for p in points], colour, 2, joint="curve")
+        draw.text((where, 6), name, colour, font, anchor="ra")
+        where -= draw.textlength(name, font) + 16
+    return sheet
+
+
+def stack(pictures):
+    """PIL images under each other."""
+    sheet = Image.new("RGB", (max(p.width for p in pictures), sum(p.height for p in pictures)),
+                      "white")
+    for k, picture in enumerate(pictures):
+        sheet.paste(picture, (0, sum(p.height for p in pictures[:k])))
+    return sheet
+
+
+def strip(looks, rows=6):
+    """Contact sheets of one image, STEP.png each, as one: the first whole, then the last row, the
+    predicted maps, of later ones at about equal ratios of steps."""
+    steps = np.array([int(os.path.splitext(os.path.basename(p))[0]) for p in looks])
+    wanted = np.geomspace(steps[0], steps[-1], rows)
+    chosen = sorted({int(np.abs(np.log(steps / w)).argmin()) for w in wanted})
+    row, pictures = crop.TILE + crop.TILE // 12, []  # a tile and the gap below it
+    for k in chosen:
+        with Image.open(looks[k]) as sheet:
+            sheet.load()
+        if pictures:
+            sheet = sheet.crop((0, sheet.height - row, sheet.width, sheet.height))
+            ImageDraw.Draw(sheet).rectangle([0, 0, 3 * row, row], "white")  # over the context
+        ImageDraw.Draw(sheet).text((16, sheet.height - row // 2), f"step {steps[k]}",
+                                   "#333333" if pictures else "white", ImageFont.load_default(16))
+        pictures.append(sheet)
+    return stack(pictures)
+
+
 BENCHES = {"top1": top1, "knn": knn, "fgsm": fgsm, "pgd": pgd, "imagenet_c": imagenet_c,
-           "imagenet_a": subset, "imagenet_r": subset, "imagenet_sketch": subset, "maps": maps}
+           "imagenet_a": subset, "imagenet_r": subset, "imagenet_sketch": subset, "maps": maps,
+           "curves": curves}
 
 
-# -------------------------------------------------------------------------------------- 7. main
+# -------------------------------------------------------------------------------------- 8. main
 
 FRACTIONS = ("skill", "loss", "baseline")  # other scores are in percent
 
@@ -399,10 +506,10 @@ def main(argv=None):
     if machine.rank > 0:
         return
     seconds = time.perf_counter() - began
-    images = result["n"] + result.get("bank", 0)
-    report = dict(bench=cfg.bench, **result, seconds=seconds, images_per_s=images / seconds,
-                  ckpt=cfg.ckpt, data=cfg.data, use_target=cfg.use_target,
-                  processes=machine.world, dtype=machine.dtype)
+    report = dict(bench=cfg.bench, **result, seconds=seconds, ckpt=cfg.ckpt, data=cfg.data,
+                  use_target=cfg.use_target, processes=machine.world, dtype=machine.dtype)
+    if "n" in result:
+        report["images_per_s"] = (result["n"] + result.get("bank", 0)) / seconds
     report = json.loads(json.dumps(report), parse_float=lambda x: round(float(x), 4))
     for name in result:
         if isinstance(report[name], (int, float)):

@@ -502,7 +502,7 @@ def main(argv=None):
                          machine)
     labels, val_labels = torch.tensor(train.labels), torch.tensor(val.labels)
     journal = Journal(cfg, machine, plan, start, unlogged,
-                      lambda: accuracy(model, val_images, val_labels, machine),
+                      lambda step: accuracy(model, val_images, val_labels, machine),
                       ("top1", "top5", "val_loss", "n"),
                       partial(gflop_per_image, cfg, len(classes)))
     mix, erase = make_mix(cfg, len(classes)), v2.RandomErasing(cfg.erasing, value="random")

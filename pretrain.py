@@ -728,8 +728,8 @@ class Journal:
 
     Every process has one, so that all agree on what is due; process 0 writes. Going on after step
     `start` drops the rows beyond it, which belong to steps that were lost, and adds the `unlogged`
-    one of it. look() -> a dict of `measures` on held-out images. Raises InputError: another run is
-    at work in the folder, or it cannot be written.
+    one of it. look(step) -> a dict of `measures` on held-out images. Raises InputError: another run
+    is at work in the folder, or it cannot be written.
     """
 
     SHOWN = {"skill": "skill {:.3f}", "rank": "feature rank {:.1f}", "top1": "top-1 {:.2f}%",
@@ -839,7 +839,7 @@ class Journal:
 
     def add(self, row, looks):
         """Look at held-out images, if so; append the row to the file and print it as a line."""
-        self.last = row = row | (self.look() if looks else self.nothing)
+        self.last = row = row | (self.look(row["step"]) if looks else self.nothing)
         if self.machine.rank > 0:
             return
         try:
@@ -979,15 +979,17 @@ class HeldOut:
                     skill_swapped=1 - swapped / baseline,
                     rank=effective_rank(features.flatten(0, 1).cpu().double()))
 
-    def look(self, cim):
-        """evaluate, and the contact sheet of the first images with predicted maps (Figures 5, 6).
-        """
+    def look(self, cim, step):
+        """evaluate, and contact sheets with predicted maps (Figures 5, 6): of the first images
+        maps.png, of the very first maps/STEP.png, to be seen over time."""
         score = self.evaluate(cim)
         if self.machine.rank == 0:
-            self.picture(cim, os.path.join(self.cfg.out, "maps.png"))
+            self.picture(cim, os.path.join(self.cfg.out, "maps.png"), rows=4)
+            make_folder(os.path.join(self.cfg.out, "maps"))
+            self.picture(cim, os.path.join(self.cfg.out, "maps", f"{step:07d}.png"), rows=1)
         return score
 
-    def picture(self, cim, path, rows=4):
+    def picture(self, cim, path, rows):
         """Write the contact sheet to `path`."""
         context, exemplars, maps, theta = make_pairs(self.contexts[:rows], self.u[:rows], self.cfg)
         with measuring(cim, self.machine):

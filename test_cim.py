@@ -344,7 +344,8 @@ def test_a_context_is_the_random_resized_crop_of_the_upright_photo(tmp_path):
         left, top, w, h = map(round, crop.draw_crop(rng, 80, 60))
         mirrored = rng.random() < 0.5
         for image, most in ((crop.to_tensor(picture), 0), (picture, 2)):
-            expected = TF.resized_crop(image, top, left, h, w, (32, 32), TF.InterpolationMode.BICUBIC)
+            expected = TF.resized_crop(image, top, left, h, w, (32, 32),
+                                       TF.InterpolationMode.BICUBIC)
             expected = TF.pil_to_tensor(expected) if most else expected
             expected = expected.flip(-1) if mirrored else expected
             assert (got.int() - expected.int()).abs().max() <= most
@@ -1783,6 +1784,25 @@ def test_maps_are_measured_from_a_checkpoint(tmp_path):
     assert Image.open(tmp_path / "figures.png").width > 600
 
 
+def test_curves_show_the_log_and_how_the_maps_came_about(tmp_path):
+    """--bench=curves draws log.jsonl: a line falls where the numbers fall, between its levels; the
+    strip holds one sheet and, below it, the predicted maps of later looks."""
+    panel = np.asarray(evaluate.draw_panel("x", {"a": [(0, 1.0), (10, 0.0)]}, {"half": 0.5}))
+    line = (panel[30:] == [0, 180, 216]).all(2)  # below the legend, in COLOURS[3]
+    first, last = (line[:, np.flatnonzero(line.any(0))[k]].nonzero()[0].mean() for k in (0, -1))
+    level = (panel[30:] == 0x88).all(2).sum(1).argmax()
+    assert first < level < last and abs((first + last) / 2 - level) < 4
+    demo(tmp_path, "--max_steps=6", "--eval_every=2")
+    assert len(os.listdir(tmp_path / "maps")) == 3
+    report = score(tmp_path, "--bench=curves", f"--ckpt={tmp_path / 'encoder.pt'}")
+    assert report["steps"] == 6 and report["rows"] == 6 and "images_per_s" not in report
+    sheet, strip = (Image.open(tmp_path / p) for p in ("maps/0000002.png", "strip.png"))
+    assert strip.size == (sheet.width, sheet.height + 2 * (crop.TILE + crop.TILE // 12))
+    assert Image.open(tmp_path / "curves.png").size == (640, 2 * 300)
+    with pytest.raises(InputError, match="has no log.jsonl"):
+        score(tmp_path, "--bench=curves", f"--ckpt={tmp_path / 'none' / 'ckpt.pt'}")
+
+
 @pytest.mark.parametrize("flags, words", [
     (["--bench=top2"], "choose one of top1, knn"),
     (["--ckpt=/no/file"], "there is no file '/no/file'"),
@@ -2249,7 +2269,7 @@ def test_bench_prints_one_json_line(tmp_path, capsys, script, flags):
 
 
 def test_the_bench_of_crops_names_where_its_time_goes(tmp_path):
-    """crop.py --bench FOLDER: contexts/s of one core, the spread, and the largest shares of time."""
+    """crop.py --bench FOLDER: contexts/s of one core, their spread, the largest shares of time."""
     save_images(tmp_path, 2, size=(64, 48))
     report = crop.bench(str(tmp_path), seconds=0.05, rounds=3)
     assert report["slowest"] <= report["images_per_s"] <= report["fastest"] and report["n"] == 2
