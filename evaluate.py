@@ -302,7 +302,7 @@ def imagenet_c(cfg, machine):
             "missing": missing}
 
 
-# ------------------------------------------------------------------------- 6. mean IoU, Table 7
+# -------------------------------------------------------------------------- 6. mean IoU, Table 7
 
 PALETTE = torch.tensor([  # of labels 0 to 255, 0 is black: three of a label's bits for each colour
     [sum((label >> 3 * k + c & 1) << 7 - k for k in range(3)) for c in range(3)]
@@ -316,8 +316,8 @@ def load_segmenter(cfg, machine):
         name, state, saved = read_weights(cfg.ckpt, cfg.use_target)
     recipe = saved.get("config") or {}
     if "classes" not in saved or recipe.get("task") != "segment":
-        raise InputError("--bench=miou takes the model.pt that finetune.py --recipe=segment writes, "
-                         f"not {cfg.ckpt!r}")
+        raise InputError("--bench=miou takes the model.pt of finetune.py --recipe=segment, not "
+                         f"{cfg.ckpt!r}")
     model = Segmenter(name, len(saved["classes"]), width=recipe["head_width"])
     load_weights(model, state, cfg.ckpt, head=True)
     size = cfg.size or recipe["test_size"]
