@@ -15,9 +15,9 @@ In the order in which things happen:
     6. segments   what is different where every pixel has a label (4.4, Table 7)
     7. main       the loop; processes, schedules, checkpoints and the log are pretrain.py's
 
-The images and crops of step s are seeded by (seed, s) as in pretrain.py. MixUp, CutMix and drop
-path draw from (seed, s, process): an interrupted run goes on as if nothing had happened, on the
-same number of processes with the same micro-batch.
+The images and crops of step s are seeded by (seed, s) as in pretrain.py. MixUp, CutMix, drop path
+and dropout draw from (seed, s, process): an interrupted run goes on as if nothing had happened, on
+the same number of processes with the same micro-batch.
 """
 
 import argparse
@@ -609,7 +609,7 @@ def fit(width, height, size):
 def distort(image, rng, p):
     """mmsegmentation's photometric distortion of an RGB PIL image: brightness, contrast, saturation
     and hue, each with probability p, contrast before or after the colours. (torchvision's
-    RandomPhotometricDistort also swaps channels.)"""
+    RandomPhotometricDistort also swaps channels.) DEVIATION: in Pillow's HSV, of 8 bits."""
     brightness, contrast, saturation, hue, late = rng.random(5) < p
     light, gain, colour, turn = rng.uniform((-32, 0.5, 0.5, -25.6), (32, 1.5, 1.5, 25.6))
     late = late and contrast
@@ -686,7 +686,7 @@ def segmenter_loss(cfg, train, machine):
 
 def pixel_loss(logits, labels):
     """Mean cross-entropy of float32 logits [B, N, h, w] over the pixels whose label is not 0; 0
-    where there are none."""
+    where there are none. DEVIATION: mmsegmentation divides by the number of all pixels."""
     total = F.cross_entropy(logits, labels.long() - 1, ignore_index=-1, reduction="sum")
     return total / (labels > 0).sum().clamp(min=1)
 

@@ -1873,6 +1873,13 @@ def test_the_pyramid_is_made_of_four_blocks(name, patch, taken):
         model.Segmenter("resnet50", 5)
 
 
+def test_the_segmenter_has_the_published_size():
+    """ViT-B/16 with UperNet of 768 channels and 150 classes: 163 M parameters, as BEiT's."""
+    with torch.device("meta"):
+        net = finetune.build_model(recipe("segment", "--model=vit_b16"), 150)
+    assert round(sum(p.numel() for p in net.parameters()) / 1e6) == 163
+
+
 def test_upernet_equals_the_figure():
     """UperNet [70] written out: pooling to 1, 2, 3 and 6 places, top-down sums, fusion."""
     torch.manual_seed(0)
