@@ -123,9 +123,10 @@ class Config:
             raise InputError("--test_crop 0 must be above 0")
         if self.randaugment > 10:
             raise InputError(f"--randaugment {self.randaugment:g}: the scale goes from 0 to 10")
-        most, unit = (1, "areas") if self.task == "classify" else (math.inf, "sides")
-        if not 0 < self.scale[0] <= self.scale[1] <= most:
-            raise InputError(f"--scale {self.scale} must be 0 < low <= high <= {most} ({unit})")
+        areas = self.task == "classify"
+        if not 0 < self.scale[0] <= self.scale[1] <= (1 if areas else math.inf):
+            raise InputError(f"--scale {self.scale} must be 0 < low <= high"
+                             f"{' <= 1 (areas)' if areas else ''}")
 
 
 PLAIN = dict(randaugment_p=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0)
@@ -540,7 +541,7 @@ class Scenes:
         if lone:
             raise InputError(f"{len(lone)} images lack a mask of the same name in {places[1]!r}: "
                              f"{', '.join(lone[:3])}{' ...' if len(lone) > 3 else ''}")
-        self.split, self.pairs = split, [(path, masks[stem]) for stem, path in images.items()]
+        self.pairs = [(path, masks[stem]) for stem, path in images.items()]
 
     def __len__(self):
         return len(self.pairs)
@@ -559,17 +560,16 @@ class Scenes:
         path, place = self.pairs[i]
         try:
             with self.open(i) as (image, mask):
-                if mask.mode not in ("L", "P"):
-                    raise InputError(f"{place!r} is no mask but a picture of kind {mask.mode}: it "
-                                     "should have one channel of 8 bits, the number of the class")
-                if image.size != mask.size:
-                    raise InputError(f"{path!r} has {image.width} x {image.height} pixels, its "
-                                     f"mask {place!r} {mask.width} x {mask.height}")
-                return mask.getextrema()[1], place
-        except InputError:
-            raise
+                mode, sizes, extrema = mask.mode, image.size + mask.size, mask.getextrema()
         except Exception:  # Pillow raises many kinds on damaged files
             return 0, place
+        if mode not in ("L", "P"):
+            raise InputError(f"{place!r} is no mask but a picture of kind {mode}: it should have "
+                             "one channel of 8 bits, the number of the class")
+        if sizes[:2] != sizes[2:]:
+            raise InputError("{!r} has {} x {} pixels, its mask {!r} {} x {}".format(
+                path, *sizes[:2], place, *sizes[2:]))
+        return extrema[1], place
 
 
 def open_scenes(data, splits, classes, machine):
@@ -701,10 +701,10 @@ def slide(model, x, size):
     """Normalised images x [B, 3, h, w] -> logits [B, N, h, w]: the mean over windows of size x size
     two thirds of a window apart (341 of 512), the last ones flush with the border. Where x is
     smaller than a window it is padded with the mean colour."""
-    h, w = x.shape[2:]
+    (h, w), stride = x.shape[2:], size * 2 // 3
     x = F.pad(x, (0, max(0, size - w), 0, max(0, size - h)))
-    ys, xs = ([min(i * (size * 2 // 3), n - size)
-               for i in range(1 + math.ceil((n - size) / (size * 2 // 3)))] for n in x.shape[2:])
+    ys, xs = ([min(i * stride, n - size) for i in range(1 + math.ceil((n - size) / stride))]
+              for n in x.shape[2:])
     windows = [(slice(None), slice(None), slice(a, a + size), slice(b, b + size))
                for a in ys for b in xs]
     parts = model(torch.cat([x[window] for window in windows])).chunk(len(windows))
