@@ -1957,11 +1957,13 @@ def test_images_are_fitted_to_the_shorter_side():
 @pytest.mark.parametrize("size", [(200, 160), (90, 200), (800, 600)])
 def test_a_random_crop_keeps_image_and_mask_together(size, tmp_path):
     """A mask that is a function of the image stays it, at any scale, mirrored or not; what is
-    outside has the mean colour and no label. The same numbers give the same crop."""
+    outside has the mean colour and no label. The same numbers give the same crop, and shrinking
+    while decoding leaves it as sharp."""
     w, h = size
     y, x = np.mgrid[:h, :w]
     red, green = x * 255 // (w - 1), y * 255 // (h - 1)
-    image = Image.fromarray(np.stack([red, green, 0 * x], 2).astype(np.uint8))
+    checks = 255 * ((x // 6 + y // 6) % 2)
+    image = Image.fromarray(np.stack([red, green, checks], 2).astype(np.uint8))
     mask = Image.fromarray((1 + red // 32 + 8 * (green // 32)).astype(np.uint8))
     image.save(tmp_path / "x.jpg", quality=98, subsampling=0)
     cfg, sides = recipe("segment", "--image_size=96", "--photometric=0"), set()
@@ -1971,6 +1973,8 @@ def test_a_random_crop_keeps_image_and_mask_together(size, tmp_path):
             with Image.open(tmp_path / "x.jpg") as jpeg:  # which draft() may shrink
                 cuts.append(finetune.cut_scene((jpeg, mask), np.random.default_rng(seed), cfg))
         assert torch.equal(*cuts) and cuts[0].dtype == torch.uint8
+        whole = finetune.cut_scene((image, mask), np.random.default_rng(seed), cfg)
+        assert (whole.float() - cuts[0].float()).abs().mean() < 6
         red, green, _, label = cuts[0].long()
         inside = label > 0
         for channel, number in (red, (label - 1) % 8), (green, (label - 1) // 8):
@@ -2057,7 +2061,7 @@ def test_two_classes_are_learned_and_measured(scenes, tmp_path, capsys):
     plain loop's, and that of three processes, and paints what was asked for."""
     rows = segment(tmp_path, scenes, "--epochs=40", "--warmup_epochs=2", "--lr=8e-3",
                    "--layer_decay=1", "--eval_epochs=20", "--log_every=40")
-    assert rows[-1]["miou"] > 90 and rows[-1]["n"] == 5 and rows[-1]["loss"] < rows[0]["loss"] / 3
+    assert rows[-1]["miou"] > 85 and rows[-1]["n"] == 5 and rows[-1]["loss"] < rows[0]["loss"] / 3
     got = score(tmp_path, "--bench=miou", f"--ckpt={tmp_path / 'model.pt'}", f"--data={scenes}",
                 "--pictures=2")
     assert got["miou"] == pytest.approx(rows[-1]["miou"], abs=1e-3) and got["n"] == 5
@@ -2089,8 +2093,9 @@ def test_two_classes_are_learned_and_measured(scenes, tmp_path, capsys):
     for name, (w, h) in ("00", (70, 60)), ("04", (40, 64)):
         picture = np.asarray(Image.open(tmp_path / f"miou_{name}.png"))
         assert picture.shape == (h, 3 * w, 3) and (picture[:3, w:2 * w] == 0).all()
-        assert {tuple(c) for c in picture[:, w:].reshape(-1, 3).tolist()} == {
-            (0, 0, 0), (128, 0, 0), (0, 128, 0)}
+        truth, found = picture[3:, w:2 * w], picture[3:, 2 * w:]
+        assert {tuple(c) for c in truth.reshape(-1, 3).tolist()} == {(128, 0, 0), (0, 128, 0)}
+        assert (truth == found).all(2).mean() > 0.9
     assert len(list(tmp_path.glob("miou_*.png"))) == 2
     assert len({tuple(c) for c in evaluate.PALETTE.tolist()}) == 256
 
