@@ -1,7 +1,8 @@
-"""evaluate.py: how good it is and where it breaks, one command for each number (Table 8).
+"""evaluate.py: how good it is and where it breaks, one command for each number (Tables 7, 8).
 
     python evaluate.py --bench=top1 --ckpt=out/finetune/model.pt --data=FOLDER
     python evaluate.py --bench=knn --ckpt=out/pretrain/encoder.pt --data=FOLDER
+    python evaluate.py --bench=miou --ckpt=out/segment/model.pt --data=FOLDER
     python evaluate.py --bench=maps --ckpt=out/pretrain/ckpt.pt --data=FOLDER
     torchrun --nproc_per_node=8 evaluate.py ...              the same number, sooner
 
@@ -10,9 +11,10 @@
     3. accuracy    top1
     4. k-NN        knn
     5. robustness  fgsm, pgd, imagenet_c, imagenet_a, imagenet_r, imagenet_sketch (Table 8)
-    6. maps        of a pre-trained model (Figures 5 and 6)
-    7. curves      of a run's log, and its maps over training
-    8. main        one JSON line, kept in the run's folder as BENCH.json
+    6. mean IoU    miou, of a segmenter (Table 7)
+    7. maps        of a pre-trained model (Figures 5 and 6)
+    8. curves      of a run's log, and its maps over training
+    9. main        one JSON line, kept in the run's folder as BENCH.json
 """
 
 import contextlib
@@ -33,10 +35,10 @@ import crop
 import pretrain
 from crop import InputError
 from finetune import (Batches, accuracy, centre_crops, check_size, labelled_data, load_weights,
-                      match_labels, read_weights)
-from model import ENCODERS, Classifier
-from pretrain import (check_values, load_checkpoint, make_folder, parse_config, read_log, run,
-                      save_file, setup_machine)
+                      match_labels, mean_iou, open_scenes, read_weights, whole_scenes)
+from model import ENCODERS, Classifier, Segmenter
+from pretrain import (check_values, load_checkpoint, make_folder, parse_config, read_log, refuse,
+                      run, save_file, save_picture, setup_machine)
 
 
 # ------------------------------------------------------------------------------------ 1. Config
@@ -45,14 +47,14 @@ from pretrain import (check_values, load_checkpoint, make_folder, parse_config, 
 class Config:
     """What to measure. A field's comment is its line in --help."""
 
-    bench: str = "top1"  # top1, knn, fgsm, pgd, imagenet_c, imagenet_a, -_r, -_sketch, maps, curves
+    bench: str = "top1"  # top1, knn, fgsm, pgd, imagenet_c, -_a, -_r, -_sketch, miou, maps, curves
     ckpt: str = "out/finetune/model.pt"  # knn: any file of weights, or scratch; maps: ckpt.pt
     use_target: bool = False  # score the moving average of a pre-training checkpoint
     model: str = "auto"  # the encoder, for --ckpt=scratch
-    data: str = "data/imagenet"  # a folder with val/CLASS/* or CLASS/*, or a built-in source
+    data: str = "data/imagenet"  # val/CLASS/* or CLASS/*, a built-in source; miou: as ADE20K
     classes: str = ""  # a file with the names of the class folders to keep, one a line
     out: str = ""  # where BENCH.json goes; by default the folder of --ckpt
-    size: int = 0  # pixels; 0 is what a classifier was validated at, else 224
+    size: int = 0  # pixels; 0 is what a model was validated at, else 224
     test_crop: float = 0.0  # centre crop over shorter side; 0 is as validated, else 0.95
     k: int = 20  # nearest neighbours that vote (knn)
     temperature: float = 0.07  # of their votes, exp(cosine / temperature) (knn)
@@ -60,6 +62,7 @@ class Config:
     step: float = 0.5  # change of a pixel in one step, in 255ths (pgd)
     steps: int = 5  # steps of the attack (pgd)
     rows: int = 3  # images in the picture, at most 16 (maps)
+    pictures: int = 0  # images to paint with truth and prediction, miou_NAME.png (miou)
     seed: int = 0  # of an untrained encoder, a split without val/ (knn) and random starts (pgd)
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # auto, float32 or bfloat16; auto is bfloat16 where the chip multiplies it
@@ -68,6 +71,8 @@ class Config:
     def __post_init__(self):
         """Raise InputError for values that cannot work, before any work starts."""
         check_values(self, bench=BENCHES, model=("auto", *ENCODERS))
+        if self.bench == "miou":
+            refuse(self, {}, "--bench miou", "classes", "test_crop", "model")
 
 
 # --------------------------------------------------------------------------------- 2. the model
@@ -92,6 +97,8 @@ def load_model(cfg, machine):
         probe = True
         if saved.keys() >= {"weights", "classes", "config"}:  # a model.pt
             classes, config, top1 = saved["classes"], saved["config"], saved.get("top1")
+            if config.get("task") == "segment":
+                raise InputError(f"{cfg.ckpt!r} segments images: --bench=miou is for that")
             size, ratio, probe = config["test_size"], config["test_crop"], config["frozen"]
         model = Classifier(name, len(classes) if classes else 1, probe=probe)
         load_weights(model, state, cfg.ckpt, head=classes is not None)
@@ -176,8 +183,7 @@ def vote(queries, bank, labels, classes, k, temperature):
 def knn(cfg, machine):
     """Weighted k-nearest-neighbour accuracy of frozen features: training images vote."""
     model, _, view, _ = load_model(cfg, machine)
-    with machine.first():
-        (train, rows), (val, val_rows), _ = labelled_data(cfg)
+    (train, rows), (val, val_rows), _ = labelled_data(cfg, machine)
     sides = []
     for source, wanted in ((train, rows), (val, val_rows)):
         images = Batches(centre_crops(source, wanted, *view), cfg.workers, machine)
@@ -298,7 +304,58 @@ def imagenet_c(cfg, machine):
             "missing": missing}
 
 
-# --------------------------------------------------------------------------- 6. maps, Figures 5, 6
+# -------------------------------------------------------------------------- 6. mean IoU, Table 7
+
+PALETTE = torch.tensor([  # of labels 0 to 255, 0 is black: three of a label's bits for each colour
+    [sum((label >> 3 * k + c & 1) << 7 - k for k in range(3)) for c in range(3)]
+    for label in range(256)], dtype=torch.uint8)
+
+
+def load_segmenter(cfg, machine):
+    """-> (Segmenter in evaluation mode on the device, its class names, pixels of a window)."""
+    saved = {}
+    if cfg.ckpt != "scratch":
+        name, state, saved = read_weights(cfg.ckpt, cfg.use_target)
+    recipe = saved.get("config") or {}
+    if "classes" not in saved or recipe.get("task") != "segment":
+        raise InputError("--bench=miou takes the model.pt of finetune.py --recipe=segment, not "
+                         f"{cfg.ckpt!r}")
+    model = Segmenter(name, len(saved["classes"]), width=recipe["head_width"])
+    load_weights(model, state, cfg.ckpt, head=True)
+    size = cfg.size or recipe["test_size"]
+    check_size(name, size)
+    return model.to(machine.device).eval(), saved["classes"], size
+
+
+def paint(image, labels, found):
+    """Image uint8 [3, h, w], labels and what was found [h, w], of 0 to N -> a PIL image of the
+    three side by side."""
+    panels = [image, *(PALETTE[x.long()].movedim(2, 0) for x in (labels, found))]
+    return Image.fromarray(torch.cat(panels, 2).movedim(0, 2).contiguous().numpy())
+
+
+def miou(cfg, machine):
+    """Mean IoU of a segmenter on images/validation at single scale, and pictures from all over."""
+    model, classes, size = load_segmenter(cfg, machine)
+    (source,), _ = open_scenes(cfg.data, ["validation"], classes, machine)
+    rows = list(range(len(source)))
+    shown = set(np.linspace(0, len(source) - 1, cfg.pictures).astype(int).tolist())
+
+    def show(number, image, labels, found):
+        if number in shown:
+            stem = os.path.splitext(os.path.basename(source.name(number)))[0]
+            picture = paint(image.cpu(), labels.cpu(), found.cpu() + 1)
+            save_picture(os.path.join(folder_of(cfg), f"miou_{stem}.png"), picture)
+
+    images = Batches(whole_scenes(source, rows), cfg.workers, machine, batch=1)
+    score = mean_iou(model, images, len(classes), size, machine, show)
+    score["iou"] = dict(zip(classes, score["iou"]))
+    for name, iou in score["iou"].items() if machine.rank == 0 else ():
+        print(f"{name:>20}  " + ("  none" if iou is None else f"{iou:6.2f}"))
+    return score
+
+
+# --------------------------------------------------------------------------- 7. maps, Figures 5, 6
 
 def maps(cfg, machine):
     """How well a pre-trained model finds exemplars in images: cross-entropy, skill, and the mean
@@ -335,7 +392,7 @@ def maps(cfg, machine):
         shown = seen[torch.linspace(0, len(seen) - 1, cfg.rows).long()].tolist()
         contexts, numbers = crop.collate([dataset[0, i] for i in shown])[0]
         picture = crop.contact_sheet(*(x.cpu() for x in predict(machine.send(contexts), numbers)))
-        save_picture(picture, os.path.join(folder_of(cfg), "figures.png"))
+        save_picture(os.path.join(folder_of(cfg), "figures.png"), picture)
     return map_report(table[seen].cpu().double(), machine)
 
 
@@ -377,7 +434,7 @@ def map_report(table, machine):
     return total | dict(n=len(table), parts=parts)
 
 
-# ------------------------------------------------------------------------------------ 7. curves
+# ------------------------------------------------------------------------------------ 8. curves
 
 PANELS = [  # title, {columns of the log: their names}, {lines: heights, or a column}
     ("loss, nats", {"loss": "training", "heldout_loss": "held-out", "val_loss": "validation"},
@@ -407,16 +464,11 @@ def curves(cfg, machine):
             panels.append(draw_panel(title, {n: p for n, p in lines.items() if p},
                                      {n: y for n, y in flat.items() if y is not None}))
     if machine.rank == 0:
-        save_picture(stack(panels), os.path.join(folder_of(cfg), "curves.png"))
+        save_picture(os.path.join(folder_of(cfg), "curves.png"), stack(panels))
         looks = sorted(glob.glob(os.path.join(glob.escape(folder), "maps", "*.png")))
         if looks:
-            save_picture(strip(looks), os.path.join(folder_of(cfg), "strip.png"))
+            save_picture(os.path.join(folder_of(cfg), "strip.png"), strip(looks))
     return dict(steps=log[-1]["step"], rows=len(log), loss=log[-1]["loss"])
-
-
-def save_picture(picture, path):
-    """Write a PNG, all or nothing."""
-    save_file(path, lambda f: picture.save(f, "PNG"))
 
 
 def draw_panel(title, lines, levels, size=(640, 300)):
@@ -481,11 +533,11 @@ def strip(looks, rows=6):
 
 
 BENCHES = {"top1": top1, "knn": knn, "fgsm": fgsm, "pgd": pgd, "imagenet_c": imagenet_c,
-           "imagenet_a": subset, "imagenet_r": subset, "imagenet_sketch": subset, "maps": maps,
-           "curves": curves}
+           "imagenet_a": subset, "imagenet_r": subset, "imagenet_sketch": subset, "miou": miou,
+           "maps": maps, "curves": curves}
 
 
-# -------------------------------------------------------------------------------------- 8. main
+# -------------------------------------------------------------------------------------- 9. main
 
 FRACTIONS = ("skill", "loss", "baseline")  # other scores are in percent
 

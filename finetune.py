@@ -1,8 +1,9 @@
-"""finetune.py: what a pre-trained encoder is worth, by fine-tuning it (Tables 5, 6, 10 and 11).
+"""finetune.py: what a pre-trained encoder is worth, by fine-tuning it (Tables 5-7, 10 and 11).
 
     python finetune.py --recipe=demo                       a laptop, after pretrain.py's demo
     python finetune.py --recipe=linear --init=ENCODER      a linear probe of frozen features
     torchrun --nproc_per_node=8 finetune.py --init=out/pretrain/encoder.pt       Table 10, ViT-B/16
+    torchrun --nproc_per_node=8 finetune.py --recipe=segment --init=out/finetune/model.pt   Table 7
 
 In the order in which things happen:
 
@@ -11,14 +12,16 @@ In the order in which things happen:
     3. weights    our files, timm's, torchvision's, the released ones -> an encoder
     4. the loss   soft targets, learning rates by layer
     5. accuracy   exact for any number of processes
-    6. main       the loop; processes, schedules, checkpoints and the log are pretrain.py's
+    6. segments   what is different where every pixel has a label (4.4, Table 7)
+    7. main       the loop; processes, schedules, checkpoints and the log are pretrain.py's
 
-The images and crops of step s are seeded by (seed, s) as in pretrain.py. MixUp, CutMix and drop
-path draw from (seed, s, process): an interrupted run goes on as if nothing had happened, on the
-same number of processes with the same micro-batch.
+The images and crops of step s are seeded by (seed, s) as in pretrain.py. MixUp, CutMix, drop path
+and dropout draw from (seed, s, process): an interrupted run goes on as if nothing had happened, on
+the same number of processes with the same micro-batch.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import os
@@ -26,21 +29,24 @@ import re
 import sys
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from typing import Callable, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torchvision.transforms import v2
 
 import crop
 from crop import InputError
-from model import ENCODERS, Classifier, resize_positions
+from model import ENCODERS, Classifier, Segmenter, resize_positions, upsample
 from pretrain import (BadImages, Journal, accelerate, bench_report, check_values, count_gflop, due,
                       learning_rate, make_loader, make_plan, measuring, micro_batches,
                       newest_checkpoint, parameter_groups, parse_config, plain, plain_time,
-                      read_log, resume, run, save_file, set_learning_rate, setup_machine)
+                      read_log, refuse, resume, run, save_file, set_learning_rate, setup_machine)
 
 
 # ------------------------------------------------------------------------------------ 1. Config
@@ -49,19 +55,20 @@ from pretrain import (BadImages, Journal, accelerate, bench_report, check_values
 class Config:
     """The paper's recipe for ViT-B/16, Table 10. A field's comment is its line in --help."""
 
-    recipe: str = "vit_b"  # vit_b, vit_s, resnet50_100, resnet50_300, linear or demo: values only
+    recipe: str = "vit_b"  # vit_b, vit_s, resnet50_100, resnet50_300, linear, segment or demo
+    task: str = "classify"  # the recipe's: classify images, or segment them
     # where
     init: str = "out/pretrain/encoder.pt"  # a file with the encoder's weights, or scratch
     use_target: bool = False  # take the moving average out of a pre-training checkpoint
     data: str = "data/imagenet"  # train/CLASS/* and val/CLASS/*; a built-in source; none: --bench
-    classes: str = ""  # a file with the names of the class folders to keep, one a line
+    classes: str = ""  # a file with the class folders to keep, or the names of labels 1 to N
     out: str = "out/finetune"  # the run's folder: config.json, log.jsonl, ckpt.pt, model.pt
     model: str = "auto"  # the encoder; auto is the one in --init, from scratch the recipe's
     # images
     image_size: int = 224  # pixels, in training
-    test_size: int = 224  # pixels, in validation
+    test_size: int = 224  # pixels, in validation; segment: the shorter side, and a window's
     test_crop: float = 0.95  # side of the centre crop as a fraction of the shorter side
-    scale: tuple = (0.08, 1.0)  # area of a random crop, as a fraction of the image
+    scale: tuple = (0.08, 1.0)  # area of a random crop; segment: shorter side over image_size
     flip: float = 0.5  # probability of a mirrored image
     randaugment: float = 9.0  # mean magnitude of RandAugment, on a scale of 0 to 10
     randaugment_std: float = 0.5  # standard deviation of its magnitude
@@ -70,6 +77,8 @@ class Config:
     mixup: float = 0.8  # alpha of MixUp; 0 turns it off
     cutmix: float = 1.0  # alpha of CutMix; 0 turns it off
     repeats: int = 1  # times that each image comes in a step (repeated augmentation)
+    photometric: float = 0.0  # segment: probability of each change of light and colour
+    max_one_class: float = 1.0  # segment: largest share of a class in a crop, if ten tries find one
     # optimisation
     loss: str = "ce"  # ce (cross-entropy) or bce (binary cross-entropy of each class)
     smoothing: float = 0.1  # of the labels
@@ -77,9 +86,11 @@ class Config:
     drop_path: float = 0.1  # stochastic depth of a ViT's last block
     layer_decay: float = 0.8  # a layer's learning rate over that of the layer above
     frozen: bool = False  # linear probe: the encoder stays as it is
+    head_width: int = 768  # segment: channels of UperNet
     optimizer: str = "adamw"  # adamw or sgd (with momentum beta1)
     epochs: int = 100  # passes over the images
     warmup_epochs: float = 5.0  # of linear warm-up of the learning rate
+    schedule: str = "cosine"  # of the learning rate after that: cosine or linear
     batch_size: int = 2048  # images a step, over all processes
     lr: float = 9.6e-3  # peak learning rate at a batch of lr_batch
     lr_batch: int = 2048  # the batch that lr is meant for; another one scales it linearly
@@ -105,19 +116,23 @@ class Config:
     def __post_init__(self):
         """Raise InputError for values that cannot work, before any work starts."""
         check_values(self, recipe=RECIPES, model=("auto", *ENCODERS), loss=("ce", "bce"),
-                     optimizer=("adamw", "sgd"))
+                     optimizer=("adamw", "sgd"), task=TASKS, schedule=("cosine", "linear"))
+        refuse(self, RECIPES[self.recipe], f"--recipe {self.recipe}", "task")
+        refuse(self, RECIPES[self.recipe], f"a recipe to {self.task}", *TASKS[self.task].unread)
         if self.test_crop == 0:
             raise InputError("--test_crop 0 must be above 0")
         if self.randaugment > 10:
             raise InputError(f"--randaugment {self.randaugment:g}: the scale goes from 0 to 10")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise InputError(f"--scale {self.scale} must be 0 < low <= high <= 1 (areas)")
+        areas = self.task == "classify"
+        if not 0 < self.scale[0] <= self.scale[1] <= (1 if areas else math.inf):
+            raise InputError(f"--scale {self.scale} must be 0 < low <= high"
+                             f"{' <= 1 (areas)' if areas else ''}")
 
 
 PLAIN = dict(randaugment_p=0.0, mixup=0.0, cutmix=0.0, smoothing=0.0)
 RESNET50 = dict(lr=12e-3, weight_decay=0.02, layer_decay=1.0, drop_path=0.0, loss="bce",
                 mixup=0.1, cutmix=1.0)  # both columns of Table 11
-RECIPES = {
+RECIPES = {  # values only
     "vit_b": {},
     "vit_s": dict(epochs=200, out="out/finetune_vit_s"),
     "resnet50_100": dict(RESNET50, epochs=100, image_size=160, randaugment=6.0,
@@ -127,13 +142,21 @@ RECIPES = {
     "linear": dict(PLAIN, frozen=True, optimizer="sgd", lr=0.1, lr_batch=256, batch_size=1024,
                    epochs=90, warmup_epochs=10.0, weight_decay=0.0, drop_path=0.0,
                    layer_decay=1.0, out="out/linear"),
+    # Table 7 as in BEiT. ADE20K's 20,210 images are 1,263 steps of 16 an epoch: 127 epochs are
+    # 160,401 steps, 1.1875 epochs 1,500 steps
+    "segment": dict(PLAIN, task="segment", data="data/ade20k", init="out/finetune/model.pt",
+                    out="out/segment", image_size=512, test_size=512, scale=(0.5, 2.0),
+                    photometric=0.5, max_one_class=0.75, layer_decay=0.9, epochs=127,
+                    warmup_epochs=1.1875, schedule="linear", batch_size=16, lr=3e-5, lr_batch=16,
+                    log_every=50, eval_epochs=13),
     "demo": dict(PLAIN, data="shapes", init="out/demo/encoder.pt", out="out/demo_finetune",
                  image_size=64, test_size=64, scale=(0.8, 1.0), drop_path=0.0, epochs=20,
                  warmup_epochs=1.0, batch_size=64, lr=2e-3, lr_batch=64, workers=0, log_every=75,
                  eval_epochs=5),
 }
 SCRATCH = {"vit_b": "vit_b16", "vit_s": "vit_s16", "resnet50_100": "resnet50",
-           "resnet50_300": "resnet50", "demo": "vit_d8"}  # the encoder of a recipe without weights
+           "resnet50_300": "resnet50", "segment": "vit_b16",
+           "demo": "vit_d8"}  # the encoder of a recipe without weights
 
 
 # ---------------------------------------------------------------------------------- 2. the data
@@ -149,11 +172,12 @@ def match_labels(source, classes, place):
     return [number[source.classes[k]] if k >= 0 else -1 for k in source.labels]
 
 
-def labelled_data(cfg):
+def labelled_data(cfg, machine):
     """-> (training source, its labelled rows), (validation source, its labelled rows), a sentence.
     Both sources number the classes as the first does."""
-    (train, rows), (val, val_rows), sentence = crop.train_and_val(
-        cfg.data, cfg.seed, crop.read_classes(cfg.classes), held_out=None)
+    with machine.first():
+        (train, rows), (val, val_rows), sentence = crop.train_and_val(
+            cfg.data, cfg.seed, crop.read_classes(cfg.classes), held_out=None)
     if len(train.classes) < 2:
         raise InputError(f"{cfg.data!r} has {len(train.classes)} class folders: fine-tuning needs "
                          "train/CLASS/* and val/CLASS/* with two classes or more")
@@ -168,6 +192,9 @@ def labelled_data(cfg):
                                             f"labelled, {len(train.classes)} classes")
 
 
+MEAN_COLOUR = [round(255 * m) for m in crop.MEAN]  # 0 once it is normalised
+
+
 class RandAugment(v2.RandAugment):
     """timm's "9 / 0.5": two random operations, each with probability p, at a magnitude drawn from
     N(magnitude, std) on a scale of 0 to 10.
@@ -179,7 +206,7 @@ class RandAugment(v2.RandAugment):
     def __init__(self, magnitude, std, p):
         super().__init__(num_ops=1, num_magnitude_bins=1001,  # hundredths of a magnitude
                          interpolation=v2.InterpolationMode.BILINEAR,
-                         fill=[round(255 * m) for m in crop.MEAN])
+                         fill=MEAN_COLOUR)
         self.mean, self.std, self.p = magnitude, std, p
 
     def augment(self, image, rng):
@@ -212,7 +239,8 @@ def training_set(cfg, source, rows):
 
 # ----------------------------------------------------------------------------------- 3. weights
 
-HEADS = ("head.", "fc.", "fc_norm.", "norm.")  # of a classifier; a fresh one takes their place
+HEADS = ("head.", "fc.", "fc_norm.", "norm.",  # of a classifier; a fresh one takes their place
+         "pyramid.", "auxiliary.")  # and of a segmenter
 OTHERS = ("online.", "target.", "decoder", "mask_token",  # of pre-training: ours, and the released
           "patch_embed_c.", "blocks_c.", "norm_c.")  # code's names for the target
 
@@ -269,15 +297,15 @@ def identify(state, path):
 
 
 def load_weights(model, state, path, head=False):
-    """Put an encoder's weights into a Classifier, its head as well where `head` is true.
+    """Put an encoder's weights into a Classifier or Segmenter, with its head where `head` is true.
     -> a sentence: what is new, what was left out.
 
     Nothing is loaded in part: raises InputError for any missing weight but the head's, for any
     surplus one but those of other heads and of pre-training, and for shapes that differ.
     """
     wanted = model.names()
-    new = {theirs for mine, theirs in wanted.items() if not head and (
-        mine.startswith("head.") or mine.startswith("fc_norm.") and theirs not in state)}
+    new = {theirs for mine, theirs in wanted.items() if not head and not mine.startswith("encoder.")
+           and not (mine.startswith("fc_norm.") and theirs in state)}
     old = {theirs: v for theirs, v in state.items() if theirs in wanted.values()}
     for theirs in wanted.values():  # old files of torchvision lack BatchNorm's counters
         if theirs.endswith("num_batches_tracked"):
@@ -300,10 +328,15 @@ def load_weights(model, state, path, head=False):
                              f"{list(mine[key].shape)}; nothing was loaded")
         mine[key] = old[theirs]
     model.load_state_dict(mine)
-    left = Counter(k.split(".")[0] for k in state.keys() - (set(wanted.values()) - new))
-    left = [f"{part} ({count})" for part, count in sorted(left.items())]
-    return (f"{len(wanted) - len(new)} tensors from {path}; new: {', '.join(sorted(new)) or 'none'}"
-            f"; left out: {', '.join(left) or 'none'}")
+    left = state.keys() - (set(wanted.values()) - new)
+    return (f"{len(wanted) - len(new)} tensors from {path}; new: {by_part(new)}; left out: "
+            f"{by_part(left)}")
+
+
+def by_part(keys):
+    """Keys of a state dict, counted by their first word."""
+    counts = Counter(k.split(".")[0] for k in keys)
+    return ", ".join(f"{part} ({count})" for part, count in sorted(counts.items())) or "none"
 
 
 def resize_table(table, count):
@@ -333,6 +366,9 @@ def choose_encoder(cfg, found):
         raise InputError("--init=scratch has no target: leave out --use_target")
     if found and name != found:
         raise InputError(f"{cfg.init!r} holds {found}, not {name}; leave out --model")
+    if name == "resnet50" and cfg.task == "segment":
+        raise InputError("segmentation takes a ViT, whose blocks make UperNet's pyramid: resnet50 "
+                         "is none")
     others = "resnet50_100" if name == "resnet50" else "vit_b"
     if cfg.model == "auto" and usual and (usual == "resnet50") != (name == "resnet50"):
         raise InputError(f"--recipe={cfg.recipe} is not for {name}, which {cfg.init!r} holds: take "
@@ -358,6 +394,23 @@ def soft_loss(logits, targets, cfg):
     return F.binary_cross_entropy_with_logits(logits.float(), targets)
 
 
+def classifier_loss(cfg, train, machine):
+    """-> loss(model, uint8 images, their numbers in the source): of a micro-batch, mixed."""
+    labels = torch.tensor(train.labels)
+    mix, erase = make_mix(cfg, len(train.classes)), v2.RandomErasing(cfg.erasing, value="random")
+
+    def loss(model, images, numbers):
+        images = crop.normalize(machine.send(images).float() / 255)
+        if cfg.erasing > 0:
+            images = torch.stack([erase(image) for image in images])
+        images, targets = mix(images, machine.send(labels[numbers]))
+        with machine.autocast():
+            logits = model(images)
+        return soft_loss(logits, targets, cfg)
+
+    return loss
+
+
 def layer_scale(name, depth, decay):
     """decay^(depth + 1 - layer): 1 for the head, decay for the last of `depth` blocks, and so on
     down to the embedding, layer 0. A ResNet has four layers and its stem."""
@@ -368,14 +421,18 @@ def layer_scale(name, depth, decay):
 
 
 def build_model(cfg, classes):
-    """The classifier of a config, freshly initialised."""
+    """The classifier or segmenter of a config, freshly initialised."""
+    if cfg.task == "segment":
+        return Segmenter(cfg.model, classes, cfg.drop_path, cfg.head_width)
     return Classifier(cfg.model, classes, cfg.drop_path, probe=cfg.frozen)
 
 
 def build(cfg, classes, machine):
-    """The classifier, seeded, on the device, and its optimiser."""
+    """The model, seeded, on the device, and its optimiser."""
     torch.manual_seed(cfg.seed)
     model = build_model(cfg, classes).to(machine.device)
+    if cfg.task == "segment" and machine.syncs_batchnorm:  # a process has but two images or so
+        model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     depth = 4 if cfg.model == "resnet50" else len(model.encoder.blocks)
     groups = parameter_groups(model, cfg.weight_decay,
                               partial(layer_scale, depth=depth, decay=cfg.layer_decay))
@@ -387,8 +444,11 @@ def build(cfg, classes, machine):
 
 def gflop_per_image(cfg, classes):
     """GFLOP of a training step for one image."""
-    shape = (2, 3, cfg.image_size, cfg.image_size)
-    return count_gflop(lambda: build_model(cfg, classes)(torch.empty(shape)).sum())
+    def sum_of_two():
+        logits = build_model(cfg, classes)(torch.empty(2, 3, cfg.image_size, cfg.image_size))
+        return sum(part.sum() for part in logits)  # of images, or of head and auxiliary head
+
+    return count_gflop(sum_of_two)
 
 
 # ---------------------------------------------------------------------------------- 5. accuracy
@@ -425,6 +485,13 @@ class Batches:
                 told = now
 
 
+def look_at_classes(cfg, val, rows, machine, model):
+    """-> a function that measures accuracy on the validation images."""
+    images = Batches(centre_crops(val, rows, cfg.test_size, cfg.test_crop), cfg.workers, machine)
+    labels = torch.tensor(val.labels)
+    return lambda step: accuracy(model, images, labels, machine)
+
+
 def accuracy(model, images, labels, machine, among=None, attack=None):
     """-> top-1 and top-5 in percent, mean cross-entropy and the number of images; labels [source].
 
@@ -451,13 +518,284 @@ def accuracy(model, images, labels, machine, among=None, attack=None):
     return dict(top1=100 * top1 / n, top5=100 * top5 / n, val_loss=loss / n, n=int(n))
 
 
-# -------------------------------------------------------------------------------------- 6. main
+# ---------------------------------------------------------------------------------- 6. segments
 
-def save_model(path, model, cfg, classes, top1=None):
+class Scenes:
+    """ADE20K's layout: images/SPLIT/NAME.* with annotations/SPLIT/NAME.*, masks whose values are 0
+    where nothing counts and 1 to N for the classes. A source; open(i) gives (image, mask).
+
+    Both are taken as they are stored, since masks are drawn on that: no EXIF orientation. Raises
+    InputError: a missing folder, no images, images without a mask.
+    """
+
+    def __init__(self, root, split):
+        places = [os.path.join(root, kind, split) for kind in ("images", "annotations")]
+        for place in places:
+            if not os.path.isdir(place):
+                raise InputError(f"there is no folder {place!r}: segmentation needs images/training"
+                                 " and images/validation in --data, and the same in annotations/")
+        images, masks = ({os.path.splitext(path)[0]: os.path.join(place, path)
+                          for path in crop.find_images(place)} for place in places)
+        if not images:
+            raise InputError(f"no images in {places[0]!r}")
+        lone = [path for stem, path in images.items() if stem not in masks]
+        if lone:
+            raise InputError(f"{len(lone)} images lack a mask of the same name in {places[1]!r}: "
+                             f"{', '.join(lone[:3])}{' ...' if len(lone) > 3 else ''}")
+        self.pairs = [(path, masks[stem]) for stem, path in images.items()]
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def name(self, i):
+        return self.pairs[i][0]
+
+    @contextlib.contextmanager
+    def open(self, i):
+        with Image.open(self.pairs[i][0]) as image, Image.open(self.pairs[i][1]) as mask:
+            yield image, mask
+
+    def largest_label(self, i):
+        """-> (the largest value of a mask, the mask's name); 0 where a file cannot be read, which
+        is the loader's to tell. Raises InputError where the mask is none, or not of its image."""
+        path, place = self.pairs[i]
+        try:
+            with self.open(i) as (image, mask):
+                mode, sizes, extrema = mask.mode, image.size + mask.size, mask.getextrema()
+        except Exception:  # Pillow raises many kinds on damaged files
+            return 0, place
+        if mode not in ("L", "P"):
+            raise InputError(f"{place!r} is no mask but a picture of kind {mode}: it should have "
+                             "one channel of 8 bits, the number of the class")
+        if sizes[:2] != sizes[2:]:
+            raise InputError("{!r} has {} x {} pixels, its mask {!r} {} x {}".format(
+                path, *sizes[:2], place, *sizes[2:]))
+        return extrema[1], place
+
+
+def open_scenes(data, splits, classes, machine):
+    """-> the Scenes of each split and the names of their classes: those given, or where that is
+    None "1" to the largest label. Process 0 looks at every mask once, before any work starts."""
+    largest = 0
+    with machine.first():
+        sources = [Scenes(data, split) for split in splits]
+        if machine.rank == 0:
+            with ThreadPoolExecutor() as pool:
+                largest, place = max(label for source in sources for label in
+                                     pool.map(source.largest_label, range(len(source))))
+            if not largest:
+                raise InputError(f"no mask of {data!r} has a class: 0 is ignored, 1 to N count")
+            if classes and largest > len(classes):
+                raise InputError(f"{place!r} has label {largest}; there are {len(classes)} classes,"
+                                 f" 1 to {len(classes)}, and 0 is ignored")
+    return sources, classes or [str(k + 1) for k in range(machine.max(largest))]
+
+
+def scene_data(cfg, machine):
+    """labelled_data where every pixel has a label."""
+    (train, val), classes = open_scenes(cfg.data, ("training", "validation"),
+                                        crop.read_classes(cfg.classes), machine)
+    train.classes = val.classes = classes
+    return (train, list(range(len(train)))), (val, list(range(len(val)))), (
+        f"{len(train)} images to train on, {len(val)} to validate, {len(classes)} classes")
+
+
+def fit(width, height, size):
+    """Width and height of an image whose shorter side is brought to `size`, or its longer one to
+    4 times that where this is less (512 and 2048 in mmsegmentation)."""
+    factor = min(size / min(width, height), 4 * size / max(width, height))
+    return max(1, round(width * factor)), max(1, round(height * factor))
+
+
+def distort(image, rng, p):
+    """mmsegmentation's photometric distortion of an RGB PIL image: brightness, contrast, saturation
+    and hue, each with probability p, contrast before or after the colours. (torchvision's
+    RandomPhotometricDistort also swaps channels.) DEVIATION: in Pillow's HSV, of 8 bits."""
+    brightness, contrast, saturation, hue, late = rng.random(5) < p
+    light, gain, colour, turn = rng.uniform((-32, 0.5, 0.5, -25.6), (32, 1.5, 1.5, 25.6))
+    late = late and contrast
+    if brightness:
+        image = image.point(lambda v: v + light)
+    if contrast and not late:
+        image = image.point(lambda v: v * gain)
+    if saturation or hue:
+        h, s, v = image.convert("HSV").split()
+        h = h.point(lambda v: (v + turn * hue) % 256)
+        s = s.point(lambda v: v * colour if saturation else v)
+        image = Image.merge("HSV", (h, s, v)).convert("RGB")
+    return image.point(lambda v: v * gain) if late else image
+
+
+def cut_scene(pair, rng, cfg):
+    """PIL (image, mask) of any size -> the same random part of both, uint8 [4, size, size], the
+    labels last.
+
+    The shorter side is brought to size times a random factor from cfg.scale. Of ten places the
+    first counts in which no class has more than cfg.max_one_class of the labelled pixels. Beyond
+    the image there is the mean colour, and label 0.
+    """
+    image, mask = pair
+    width, height = fit(*image.size, cfg.image_size * rng.uniform(*cfg.scale))
+    w, h = min(width, cfg.image_size), min(height, cfg.image_size)
+
+    def part(whole, resample):  # of an image as large as it is; no more is resized than is kept
+        fx, fy = whole.width / width, whole.height / height
+        box = x * fx, y * fy, min((x + w) * fx, whole.width), min((y + h) * fy, whole.height)
+        return whole.resize((w, h), resample, box)
+
+    for _ in range(10):
+        x, y = rng.integers(width - w + 1), rng.integers(height - h + 1)
+        labels = np.asarray(part(mask, Image.NEAREST))
+        counts = np.bincount(labels.ravel(), minlength=2)[1:]
+        if 0 < counts.max() <= cfg.max_one_class * counts.sum():
+            break
+    image.draft("RGB", (width, height))
+    colours = distort(part(crop.to_rgb(image), Image.BILINEAR), rng, cfg.photometric)
+    both = np.dstack([colours, labels])
+    if rng.random() < cfg.flip:
+        both = both[:, ::-1]
+    padded = np.full((cfg.image_size, cfg.image_size, 4), [*MEAN_COLOUR, 0], np.uint8)
+    padded[:h, :w] = both
+    return crop.to_tensor(padded)
+
+
+def scene_set(cfg, source, rows):
+    """The data set of random crops with their labels."""
+    return crop.Samples(source, rows, cfg.seed, partial(cut_scene, cfg=cfg))
+
+
+def whole_scene(pair, rng):
+    """PIL (image, mask) -> both as they are, uint8 [4, height, width]; rng is not used."""
+    return crop.to_tensor(np.dstack([crop.to_rgb(pair[0]), pair[1]]))
+
+
+def whole_scenes(source, rows):
+    """The data set of whole images with their labels."""
+    return crop.Samples(source, rows, 0, whole_scene, replace=False)
+
+
+def segmenter_loss(cfg, train, machine):
+    """-> loss(model, uint8 images with labels [B, 4, h, w], numbers): of a micro-batch."""
+    def loss(model, images, numbers):
+        images = machine.send(images)
+        with machine.autocast():
+            logits, auxiliary = model(crop.normalize(images[:, :3].float() / 255))
+        return pixel_loss(logits, images[:, 3]) + 0.4 * pixel_loss(auxiliary, images[:, 3])
+
+    return loss
+
+
+def pixel_loss(logits, labels):
+    """Mean cross-entropy of float32 logits [B, N, h, w] over the pixels whose label is not 0; 0
+    where there are none. DEVIATION: mmsegmentation divides by the number of all pixels."""
+    total = F.cross_entropy(logits, labels.long() - 1, ignore_index=-1, reduction="sum")
+    return total / (labels > 0).sum().clamp(min=1)
+
+
+def look_at_pixels(cfg, val, rows, machine, model):
+    """-> a function that measures mean IoU on the validation images."""
+    images = Batches(whole_scenes(val, rows), cfg.workers, machine, batch=1)
+    return lambda step: mean_iou(model, images, len(val.classes), cfg.test_size, machine)
+
+
+def slide(model, x, size):
+    """Normalised images x [B, 3, h, w] -> logits [B, N, h, w]: the mean over windows of size x size
+    two thirds of a window apart (341 of 512), the last ones flush with the border. Where x is
+    smaller than a window it is padded with the mean colour."""
+    (h, w), stride = x.shape[2:], size * 2 // 3
+    x = F.pad(x, (0, max(0, size - w), 0, max(0, size - h)))
+    ys, xs = ([min(i * stride, n - size) for i in range(1 + math.ceil((n - size) / stride))]
+              for n in x.shape[2:])
+    windows = [(slice(None), slice(None), slice(a, a + size), slice(b, b + size))
+               for a in ys for b in xs]
+    parts = model(torch.cat([x[window] for window in windows])).chunk(len(windows))
+    total = x.new_zeros(len(x), parts[0].shape[1], *x.shape[2:])
+    count = x.new_zeros(1, 1, *x.shape[2:])
+    for window, part in zip(windows, parts):
+        total[window] += part
+        count[window] += 1
+    return (total / count)[:, :, :h, :w]
+
+
+def label_pixels(model, image, size, machine):
+    """uint8 image [3, height, width] -> the class 0 to N - 1 of each of its pixels. It is resized,
+    its shorter side to `size`, and the logits are brought back to its own size."""
+    shape = image.shape[1:]
+    x = F.interpolate(image[None].float() / 255, fit(*shape, size), mode="bilinear", antialias=True)
+    with measuring(model, machine):
+        logits = slide(model, crop.normalize(x), size)
+    return upsample(logits, shape).argmax(1)[0]
+
+
+def confusion(labels, found, classes):
+    """How many pixels of each class (rows) were found to be each (columns): int64 [N, N]. labels:
+    0 is ignored, 1 to N; found: 0 to N - 1."""
+    labels, found = labels[labels > 0].long() - 1, found[labels > 0]
+    return torch.bincount(labels * classes + found, minlength=classes**2).view(classes, classes)
+
+
+def iou_scores(matrix):
+    """Of a confusion matrix, in percent: mean IoU, mean accuracy (over the classes), accuracy of
+    all pixels, and the IoU of each class, None where it is neither there nor found. As in
+    mmsegmentation, the means leave out classes without a value."""
+    matrix = matrix.cpu().double()
+    hits, there, found = matrix.diag(), matrix.sum(1), matrix.sum(0)
+    iou, recall = 100 * hits / (there + found - hits), 100 * hits / there
+    return dict(miou=iou.nanmean().item(), macc=recall.nanmean().item(),
+                aacc=100 * (hits.sum() / matrix.sum()).item(),
+                iou=[None if math.isnan(x) else x for x in iou.tolist()])
+
+
+def mean_iou(model, images, classes, size, machine, show=None):
+    """-> iou_scores and the number of images, exact for any number of processes. images: batches of
+    one, uint8 [1, 4, height, width], the labels last. show(number in the source, image, labels,
+    found), all on the device, is called for each."""
+    machine.share_buffers(model)
+    matrix = torch.zeros(classes, classes, dtype=torch.int64, device=machine.device)
+    n = torch.zeros(1, dtype=torch.int64, device=machine.device)
+    for x, numbers in images:
+        image, labels = x[0, :3], x[0, 3]
+        found = label_pixels(model, image, size, machine)
+        matrix += confusion(labels, found, classes)
+        n += 1
+        if show:
+            show(int(numbers[0]), image, labels, found)
+    machine.sum(matrix, n)
+    if not matrix.any():
+        raise InputError("none of the images could be read" if not n else
+                         "none of the pixels has a label")
+    return iou_scores(matrix) | dict(n=n.item())
+
+
+# -------------------------------------------------------------------------------------- 7. main
+
+class Task(NamedTuple):
+    """What differs between classification and segmentation."""
+
+    data: Callable  # (cfg, machine) -> (source, rows) to train, to validate on, a sentence
+    dataset: Callable  # (cfg, source, rows) -> the data set of random crops
+    loss: Callable  # (cfg, source, machine) -> loss(model, images, numbers)
+    look: Callable  # (cfg, source, rows, machine, model) -> a function that measures
+    measures: tuple  # what that gives; the first one is the score
+    unread: tuple  # fields that mean nothing
+
+
+TASKS = {
+    "classify": Task(labelled_data, training_set, classifier_loss, look_at_classes,
+                     ("top1", "top5", "val_loss", "n"),
+                     ("photometric", "max_one_class", "head_width")),
+    "segment": Task(scene_data, scene_set, segmenter_loss, look_at_pixels,
+                    ("miou", "macc", "aacc", "iou", "n"),
+                    ("test_crop", "randaugment", "randaugment_std", "randaugment_p", "erasing",
+                     "mixup", "cutmix", "repeats", "loss", "smoothing", "bce_threshold", "frozen")),
+}
+
+
+def save_model(path, model, cfg, classes, **score):
     """model.pt: weights by timm's or torchvision's names, class names in order, config, and the
-    top-1 that the run ended with where that is known."""
+    score that the run ended with where that is known."""
     state = {theirs: model.state_dict()[mine].cpu() for mine, theirs in model.names().items()}
-    saved = dict(weights=state, classes=list(classes), config=plain(cfg), top1=top1)
+    saved = dict(weights=state, classes=list(classes), config=plain(cfg), **score)
     save_file(path, lambda f: torch.save(saved, f))
 
 
@@ -465,8 +803,8 @@ def main(argv=None):
     """The run of a Config, from the command line to model.pt; goes on from out/ckpt.pt."""
     cfg = parse_config(Config, RECIPES, argv, __doc__.split("\n")[0])
     machine = setup_machine(cfg.device, cfg.dtype, cfg.compile, cfg.timeout)
-    with machine.first():
-        (train, rows), (val, val_rows), sentence = labelled_data(cfg)
+    task = TASKS[cfg.task]
+    (train, rows), (val, val_rows), sentence = task.data(cfg, machine)
     checkpoint, final = (os.path.join(cfg.out, name) for name in ("ckpt.pt", "model.pt"))
     saved = None if cfg.bench else newest_checkpoint(cfg.out, machine)
     classes = train.classes
@@ -477,7 +815,8 @@ def main(argv=None):
         found, weights, _ = read_weights(cfg.init, cfg.use_target)
     cfg = dataclasses.replace(cfg, model=choose_encoder(cfg, found))
     plan = make_plan(cfg, machine, len(rows))
-    if plan.micro == 1 and (cfg.frozen or cfg.model == "resnet50"):
+    if plan.micro == 1 and (cfg.frozen or cfg.model == "resnet50" or
+                            cfg.task == "segment" and not machine.syncs_batchnorm):
         raise InputError(f"--batch_size {cfg.batch_size} leaves a process one image at a time, too "
                          "few for BatchNorm: choose one with more divisors, or --micro_batch")
     model, optimizer = build(cfg, len(classes), machine)
@@ -495,37 +834,27 @@ def main(argv=None):
               flush=True)
 
     loader = iter(make_loader(
-        training_set(cfg, train, rows),
+        task.dataset(cfg, train, rows),
         micro_batches(cfg, plan, machine.rank, range(start, plan.stop), cfg.repeats),
         cfg.workers, machine))
-    val_images = Batches(centre_crops(val, val_rows, cfg.test_size, cfg.test_crop), cfg.workers,
-                         machine)
-    labels, val_labels = torch.tensor(train.labels), torch.tensor(val.labels)
     journal = Journal(cfg, machine, plan, start, unlogged,
-                      lambda step: accuracy(model, val_images, val_labels, machine),
-                      ("top1", "top5", "val_loss", "n"),
+                      task.look(cfg, val, val_rows, machine, model), task.measures,
                       partial(gflop_per_image, cfg, len(classes)))
-    mix, erase = make_mix(cfg, len(classes)), v2.RandomErasing(cfg.erasing, value="random")
+    loss_of = task.loss(cfg, train, machine)
     wrapped = accelerate(model, machine)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     model.train()
     for step in range(start, plan.stop):
-        lr = learning_rate(step, plan.total, plan.peak, plan.warmup)
+        lr = learning_rate(step, plan.total, plan.peak, plan.warmup, cfg.schedule)
         set_learning_rate(optimizer, lr)
         loss = 0
         for k in range(plan.accumulate):
             images, numbers = journal.fetch(loader)
             draws = np.random.SeedSequence((cfg.seed, 7, step, k, machine.rank))
             torch.manual_seed(int(draws.generate_state(1, np.uint64)[0]))
-            images = crop.normalize(machine.send(images).float() / 255)
-            if cfg.erasing > 0:
-                images = torch.stack([erase(image) for image in images])
-            images, targets = mix(images, machine.send(labels[numbers]))
             with machine.accumulating(wrapped, last=k == plan.accumulate - 1):
-                with machine.autocast():
-                    logits = wrapped(images)
-                part = soft_loss(logits, targets, cfg) / plan.accumulate
+                part = loss_of(wrapped, images, numbers) / plan.accumulate
                 part.backward()
             loss = loss + part.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)
@@ -537,11 +866,12 @@ def main(argv=None):
     if cfg.bench:
         bench_report("finetune", journal)
     elif machine.rank == 0:
-        save_model(final, model, cfg, classes, journal.last["top1"])
-        best = max((r for r in read_log(cfg.out) if r["top1"] is not None), key=lambda r: r["top1"])
-        print("done: {} holds model.pt, log.jsonl and ckpt.pt; on {n} validation images top-1 is "
-              "{top1:.2f}%, top-5 {top5:.2f}%".format(cfg.out, **journal.last)
-              + f" (the best was {best['top1']:.2f}% after epoch {best['epoch']:g})")
+        name, last = task.measures[0], journal.last
+        save_model(final, model, cfg, classes, **{name: last[name]})
+        best = max((r for r in read_log(cfg.out) if r[name] is not None), key=lambda r: r[name])
+        print(f"done: {cfg.out} holds model.pt, log.jsonl and ckpt.pt; on {last['n']} validation "
+              f"images {Journal.SHOWN[name].format(last[name])} (the best was {best[name]:.2f}% "
+              f"after epoch {best['epoch']:g})")
     journal.close()
 
 

@@ -9,11 +9,12 @@ Read it from the bottom up or from the top down:
     5. the decoder    cross-attention between context and exemplars            (Eqs. 4-6)
     6. CIM            online encoder, target encoder, decoder, loss, moving average (Eqs. 2, 3, 7)
     7. Classifier     an encoder with a head                                  (4.3, Tables 10, 11)
+    8. segmentation   a ViT with UperNet                                            (4.4, Table 7)
 
 What the paper compares with; to follow CIM, nothing of it is needed:
 
-    8. ablations      convolution as correlation, deep predictor, losses   (Figure 4a, b, Table 3)
-    9. trackers       SiamFC, SiamRPN and TransT as pretext tasks                 (Eq. 1, Table 4)
+    9. ablations      convolution as correlation, deep predictor, losses   (Figure 4a, b, Table 3)
+   10. trackers       SiamFC, SiamRPN and TransT as pretext tasks                 (Eq. 1, Table 4)
 
 Letters: B contexts, K exemplars of each, N tokens, D the width of an encoder, W of the decoder,
 m and n the sides of context and exemplar in pixels.
@@ -160,7 +161,8 @@ class ViT(nn.Module):
         nn.init.xavier_uniform_(self.patch_embed.proj.weight.view(width, -1))
         nn.init.zeros_(self.patch_embed.proj.bias)
 
-    def forward(self, images):
+    def outputs(self, images):
+        """The tokens [B, 1 + N, width] behind each block in turn, without the final norm."""
         if images.shape[-1] % self.stride or images.shape[-2] % self.stride:
             raise ValueError(f"images of {images.shape[-2]} x {images.shape[-1]} pixels are not "
                              f"whole patches of {self.stride}")
@@ -171,6 +173,11 @@ class ViT(nn.Module):
         x = torch.cat([cls.to(x), x], 1)
         for block in self.blocks:
             x = block(x)
+            yield x
+
+    def forward(self, images):
+        for x in self.outputs(images):
+            pass  # the last one counts
         return self.norm(x)
 
 
@@ -330,8 +337,9 @@ def as_grid(tokens):
 
 
 def upsample(y, size):
-    """Responses [B, K, n, n] of any precision -> float32 logits [B, K, size, size], bilinear."""
-    return F.interpolate(y.float(), size=(size, size), mode="bilinear")
+    """Responses [B, K, n, n] of any precision -> float32 logits [B, K, size, size], bilinear; a
+    pair for `size` is (h, w)."""
+    return F.interpolate(y.float(), size=size, mode="bilinear")
 
 
 # --------------------------------------------------------------------------------------- 6. CIM
@@ -442,7 +450,97 @@ class Classifier(nn.Module):
         return {k: k.removeprefix("encoder.").replace("head.", head) for k in self.state_dict()}
 
 
-# -------------------------------------------------------- 8. ablations: Figure 4a, 4b and Table 3
+# ------------------------------------------------------------------------------- 8. segmentation
+
+class Segmenter(nn.Module):
+    """Images [B, 3, h, w] -> logits [B, classes, h, w], float32; in training a pair, the second of
+    an auxiliary head that is thrown away afterwards.
+
+    UperNet [70] on a ViT as in BEiT: the blocks at 4, 6, 8 and 12 twelfths of the depth, without
+    the final norm, are brought to strides of 1/4, 1/2, 1 and 2 patches. width: channels of the
+    head. Raises ValueError for a ResNet.
+    """
+
+    def __init__(self, encoder, classes, drop_path=0.0, width=768):
+        super().__init__()
+        self.encoder = build_encoder(encoder, drop_path)
+        if not isinstance(self.encoder, ViT):
+            raise ValueError(f"segmentation takes a ViT, not {encoder}")
+        self.encoder.norm = nn.Identity()  # would get no gradient
+        D, depth = self.encoder.width, len(self.encoder.blocks)
+        self.taken = [math.ceil(depth * k / 12) - 1 for k in (4, 6, 8, 12)]
+        self.pyramid = nn.ModuleList([
+            nn.Sequential(nn.ConvTranspose2d(D, D, 2, 2), nn.BatchNorm2d(D), nn.GELU(),
+                          nn.ConvTranspose2d(D, D, 2, 2)),
+            nn.ConvTranspose2d(D, D, 2, 2), nn.Identity(), nn.MaxPool2d(2, ceil_mode=True)])
+        self.head = UperNet(D, classes, width)
+        self.auxiliary = nn.Sequential(convolve(D, 256, 3), *classify(256, classes))  # an FCN
+
+    def features(self, images):
+        """The four maps [B, D, h / s, w / s] at strides s of 1/4, 1/2, 1 and 2 patches; the last
+        one is rounded up."""
+        h, w = (n // self.encoder.stride for n in images.shape[2:])
+        tokens = list(self.encoder.outputs(images))
+        grids = [tokens[i][:, 1:].transpose(1, 2).unflatten(2, (h, w)) for i in self.taken]
+        return [scale(grid) for scale, grid in zip(self.pyramid, grids)]
+
+    def forward(self, images):
+        size, maps = images.shape[2:], self.features(images)
+        logits = upsample(self.head(maps), size)
+        return (logits, upsample(self.auxiliary(maps[2]), size)) if self.training else logits
+
+    def names(self):
+        """{name in this module: timm's}, the encoder's; of the heads the same."""
+        return {k: k.removeprefix("encoder.") for k in self.state_dict()}
+
+
+class UperNet(nn.Module):
+    """Four maps [B, D, h, w], each half as large as the one before -> logits [B, classes, h, w] at
+    the first one's size.
+
+    The coarsest is pooled to 1, 2, 3 and 6 places a side, for the scene as a whole; the others add
+    what the coarser ones say, from the top down; all four are fused at the finest.
+    """
+
+    def __init__(self, D, classes, width):
+        super().__init__()
+        self.pools = nn.ModuleList([nn.Sequential(nn.AdaptiveAvgPool2d(n), convolve(D, width, 1))
+                                    for n in (1, 2, 3, 6)])
+        self.bottleneck = convolve(D + 4 * width, width, 3)
+        self.laterals = nn.ModuleList([convolve(D, width, 1) for _ in range(3)])
+        self.smooth = nn.ModuleList([convolve(width, width, 3) for _ in range(3)])
+        self.fuse = nn.Sequential(convolve(4 * width, width, 3), *classify(width, classes))
+
+    def forward(self, maps):
+        *finer, x = maps
+        x = self.bottleneck(torch.cat([x, *(resize_to(x, pool(x)) for pool in self.pools)], 1))
+        levels = [x]
+        for k in (2, 1, 0):  # from coarse to fine
+            x = self.laterals[k](finer[k]) + resize_to(finer[k], x)
+            levels.append(self.smooth[k](x))
+        return self.fuse(torch.cat([resize_to(x, level) for level in levels], 1))
+
+
+def convolve(inside, outside, size):
+    """Convolution that keeps h and w, BatchNorm, ReLU."""
+    return nn.Sequential(nn.Conv2d(inside, outside, size, padding=size // 2, bias=False),
+                         nn.BatchNorm2d(outside), nn.ReLU(inplace=True))
+
+
+def classify(width, classes):
+    """The last two layers of a head."""
+    last = nn.Conv2d(width, classes, 1)
+    nn.init.normal_(last.weight, std=0.01)  # the first loss is about ln(classes)
+    nn.init.zeros_(last.bias)
+    return nn.Dropout2d(0.1), last
+
+
+def resize_to(like, x):
+    """x [B, C, n, n] at the h and w of `like`, bilinear."""
+    return F.interpolate(x, size=like.shape[2:], mode="bilinear")
+
+
+# -------------------------------------------------------- 9. ablations: Figure 4a, 4b and Table 3
 
 class ConvolutionLayer(CorrelationLayer):
     """Figure 4a: correlation as convolution in place of attention. Each channel of the context is
@@ -517,7 +615,7 @@ LOSSES = {"ce": F.binary_cross_entropy_with_logits, "balanced": balanced_loss, "
           "focal": focal_loss}
 
 
-# ---------------------------------------------------------------------------- 9. trackers, Table 4
+# --------------------------------------------------------------------------- 10. trackers, Table 4
 
 class Tracking(CIM):
     """A tracker's pretext task on the same pairs (Table 4): one encoder for both sides, a tracker's

@@ -127,18 +127,12 @@ class Config:
                                  f"stride of {self.model}")
         crop.check_crops(self.scale, self.ratio, self.rotation)
         if self.decoder != "cim":
-            self.refuse(f"--decoder {self.decoder}, a tracker with one encoder", "decoder_width",
-                        "decoder_depth", "correlation", "predictor", "loss", "bootstrap", "tau")
+            refuse(self, PRESETS[self.preset], f"--decoder {self.decoder}, a tracker with one "
+                   "encoder", "decoder_width", "decoder_depth", "correlation", "predictor", "loss",
+                   "bootstrap", "tau")
         if self.bootstrap == "shared":
-            self.refuse("--bootstrap shared, which has no moving average", "tau")
-
-    def refuse(self, choice, *names):
-        """Raise InputError where a field that the choice leaves unread is not as preset."""
-        usual = {f.name: f.default for f in dataclasses.fields(self)} | PRESETS[self.preset]
-        for name in names:
-            if getattr(self, name) != usual[name]:
-                raise InputError(f"--{name} {getattr(self, name)} has no meaning with {choice}: "
-                                 "leave one of the two out")
+            refuse(self, PRESETS[self.preset], "--bootstrap shared, which has no moving average",
+                   "tau")
 
 
 PRESETS = {
@@ -164,9 +158,9 @@ FREE = ("out", "micro_batch", "device", "compile", "workers", "log_every", "eval
 POSITIVE = ("context_size", "exemplar_size", "exemplars", "decoder_width", "decoder_depth",
             "epochs", "batch_size", "lr", "lr_batch", "log_every", "image_size", "test_size",
             "repeats", "eval_epochs", "layer_decay", "k", "temperature", "steps", "rows",
-            "timeout")
+            "timeout", "head_width", "max_one_class")
 BOUNDS = {("flip", "jitter", "gray", "blur", "solarize", "tau", "erasing", "test_crop",
-           "randaugment_p"): "at most 1",
+           "randaugment_p", "photometric", "max_one_class"): "at most 1",
           ("beta1", "beta2", "drop_path", "smoothing", "bce_threshold"): "below 1"}
 
 
@@ -190,6 +184,15 @@ def check_values(cfg, **choices):
             raise InputError(f"{name} {value} must be below 2**63")
     if cfg.data == "none" and cfg.bench in (0, *choices.get("bench", ())):
         raise InputError("--data none is noise to time: it goes with --bench=N of training only")
+
+
+def refuse(cfg, preset, choice, *names):
+    """Raise InputError where a field that the choice leaves unread is not as preset."""
+    usual = {f.name: f.default for f in dataclasses.fields(cfg)} | preset
+    for name in names:
+        if getattr(cfg, name) != usual[name]:
+            raise InputError(f"--{name} {getattr(cfg, name)} has no meaning with {choice}: leave "
+                             "one of the two out")
 
 
 def parse_config(Config, presets, argv=None, description=None):
@@ -283,6 +286,12 @@ class Machine:
         number = torch.tensor(number)
         dist.all_reduce(number, dist.ReduceOp.MAX, self.hosts)
         return int(number)
+
+    @property
+    def syncs_batchnorm(self):
+        """Whether BatchNorm can see the images of all processes; SyncBatchNorm has no CPU backend.
+        """
+        return self.device.type == "cuda" and self.world > 1
 
     def share_buffers(self, model):
         """Give every process the BatchNorm statistics of process 0, as DDP does before a step."""
@@ -531,10 +540,13 @@ class BadImages:
 
 # -------------------------------------------------------------------------------- 5. schedules
 
-def learning_rate(step, total, peak, warmup):
-    """Linear warm-up to `peak` at step warmup - 1, then a half cosine to 0 at step `total`."""
+def learning_rate(step, total, peak, warmup, schedule="cosine"):
+    """Linear warm-up to `peak` at step warmup - 1, then a half cosine to 0 at step `total`, or with
+    schedule "linear" a straight line."""
     if step < warmup:
         return peak * (step + 1) / warmup
+    if schedule == "linear":
+        return peak * (total - step) / (total - warmup)
     return peak * (1 + math.cos(math.pi * (step - warmup) / max(1, total - warmup))) / 2
 
 
@@ -594,6 +606,11 @@ def save_file(path, write, previous=None):
         raise InputError(f"cannot write {path!r}: {reason}. Older files are untouched: make room, "
                          "then give the same command again, it goes on from the last checkpoint, "
                          "if there is one") from error
+
+
+def save_picture(path, picture):
+    """A PIL image as a PNG file."""
+    save_file(path, lambda f: picture.save(f, "PNG"))
 
 
 def make_folder(path):
@@ -733,7 +750,7 @@ class Journal:
     """
 
     SHOWN = {"skill": "skill {:.3f}", "rank": "feature rank {:.1f}", "top1": "top-1 {:.2f}%",
-             "top5": "top-5 {:.2f}%", "mfu": "mfu {:.0%}"}
+             "top5": "top-5 {:.2f}%", "miou": "mIoU {:.2f}%", "mfu": "mfu {:.0%}"}
 
     def __init__(self, cfg, machine, plan, start, unlogged, look, measures, gflop_per_image):
         self.cfg, self.machine, self.plan = cfg, machine, plan
@@ -994,8 +1011,8 @@ class HeldOut:
         context, exemplars, maps, theta = make_pairs(self.contexts[:rows], self.u[:rows], self.cfg)
         with measuring(cim, self.machine):
             _, logits = cim(context, exemplars, maps)
-        sheet = crop.contact_sheet(*(x.cpu() for x in (context, exemplars, maps, theta, logits)))
-        save_file(path, lambda f: sheet.save(f, "PNG"))
+        save_picture(path, crop.contact_sheet(*(x.cpu() for x in (context, exemplars, maps, theta,
+                                                                  logits))))
 
 
 def build_model(cfg):
@@ -1094,7 +1111,7 @@ def build(cfg, machine):
     """The model and its optimiser, seeded, on the device."""
     torch.manual_seed(cfg.seed)
     cim = build_model(cfg).to(machine.device)
-    if machine.device.type == "cuda" and machine.world > 1:  # has no CPU backend
+    if machine.syncs_batchnorm:
         cim = torch.nn.SyncBatchNorm.convert_sync_batchnorm(cim)  # changes a ResNet only
     return cim, torch.optim.AdamW(parameter_groups(cim, cfg.weight_decay), lr=cfg.lr,
                                   betas=(cfg.beta1, cfg.beta2), fused=machine.device.type != "mps")
