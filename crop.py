@@ -217,7 +217,7 @@ def read_classes(path):
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"cannot read the class list {path!r}: {error}") from error
     if not names or len(set(names)) < len(names):
-        raise InputError(f"{path!r} should name each class folder once, one a line")
+        raise InputError(f"{path!r} should name each class once, one a line")
     return names
 
 
@@ -309,7 +309,7 @@ def cut_box(image, place, size):
 
     A JPEG is asked to decode at the smallest of 1, 1/2, 1/4, 1/8 that still has `size` pixels in
     the part (Pillow's draft): the DCT does most of the shrinking for free. PyTorch resizes bytes
-    three times as fast as Pillow and to the same values, give or take one of 255 levels.
+    three times as fast as Pillow and to the same values, give or take two of 255 levels.
     """
     turn = image.getexif().get(0x0112, 1)  # orientation; from 5 on the photo lies on its side
     width, height = image.size[::-1] if turn >= 5 else image.size
@@ -326,7 +326,7 @@ def cut_box(image, place, size):
 
 
 def to_tensor(image):
-    """RGB PIL image -> uint8 [3, height, width]."""
+    """RGB PIL image, or array [height, width, C] of bytes -> uint8 [C, height, width]."""
     return torch.from_numpy(np.array(image)).permute(2, 0, 1)
 
 

@@ -47,7 +47,7 @@ from pretrain import (check_values, load_checkpoint, make_folder, parse_config, 
 class Config:
     """What to measure. A field's comment is its line in --help."""
 
-    bench: str = "top1"  # top1, knn, fgsm, pgd, imagenet_c, -_a, -_r, -_sketch, miou, maps, curves
+    bench: str = "top1"  # top1, knn, fgsm, pgd, imagenet_c, _a, _r, _sketch, miou, maps, curves
     ckpt: str = "out/finetune/model.pt"  # knn: any file of weights, or scratch; maps: ckpt.pt
     use_target: bool = False  # score the moving average of a pre-training checkpoint
     model: str = "auto"  # the encoder, for --ckpt=scratch
@@ -345,7 +345,7 @@ def miou(cfg, machine):
         if number in shown:
             stem = os.path.splitext(os.path.basename(source.name(number)))[0]
             picture = paint(image.cpu(), labels.cpu(), found.cpu() + 1)
-            save_picture(os.path.join(folder_of(cfg), f"miou_{stem}.png"), picture)
+            save_picture(os.path.join(folder_of(cfg), f"miou_{number:05d}_{stem}.png"), picture)
 
     images = Batches(whole_scenes(source, rows), cfg.workers, machine, batch=1)
     score = mean_iou(model, images, len(classes), size, machine, show)
@@ -465,7 +465,9 @@ def curves(cfg, machine):
                                      {n: y for n, y in flat.items() if y is not None}))
     if machine.rank == 0:
         save_picture(os.path.join(folder_of(cfg), "curves.png"), stack(panels))
-        looks = sorted(glob.glob(os.path.join(glob.escape(folder), "maps", "*.png")))
+        looks = [path for path in sorted(glob.glob(os.path.join(glob.escape(folder), "maps",
+                                                                "[0-9]*.png")))
+                 if step_of(path) <= log[-1]["step"]]  # later ones are of steps that were lost
         if looks:
             save_picture(os.path.join(folder_of(cfg), "strip.png"), strip(looks))
     return dict(steps=log[-1]["step"], rows=len(log), loss=log[-1]["loss"])
@@ -513,10 +515,15 @@ def stack(pictures):
     return sheet
 
 
+def step_of(path):
+    """The number that maps/STEP.png is named by."""
+    return int(os.path.splitext(os.path.basename(path))[0])
+
+
 def strip(looks, rows=6):
     """Contact sheets of one image, STEP.png each, as one: the first whole, then the last row, the
     predicted maps, of later ones at about equal ratios of steps."""
-    steps = np.array([int(os.path.splitext(os.path.basename(p))[0]) for p in looks])
+    steps = np.array([step_of(path) for path in looks])
     wanted = np.geomspace(steps[0], steps[-1], rows)
     chosen = sorted({int(np.abs(np.log(steps / w)).argmin()) for w in wanted})
     row, pictures = crop.TILE + crop.TILE // 12, []  # a tile and the gap below it

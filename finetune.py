@@ -78,7 +78,7 @@ class Config:
     cutmix: float = 1.0  # alpha of CutMix; 0 turns it off
     repeats: int = 1  # times that each image comes in a step (repeated augmentation)
     photometric: float = 0.0  # segment: probability of each change of light and colour
-    max_one_class: float = 1.0  # segment: largest share of a class in a crop, if ten tries find one
+    cat_max_ratio: float = 1.0  # segment: largest share of a class in a crop, if ten tries find one
     # optimisation
     loss: str = "ce"  # ce (cross-entropy) or bce (binary cross-entropy of each class)
     smoothing: float = 0.1  # of the labels
@@ -143,10 +143,10 @@ RECIPES = {  # values only
                    epochs=90, warmup_epochs=10.0, weight_decay=0.0, drop_path=0.0,
                    layer_decay=1.0, out="out/linear"),
     # Table 7 as in BEiT. ADE20K's 20,210 images are 1,263 steps of 16 an epoch: 127 epochs are
-    # 160,401 steps, 1.1875 epochs 1,500 steps
+    # 160,401 steps, 1.1875 epochs 1,500 steps. DEVIATION: BEiT's line to 0 begins at step 0
     "segment": dict(PLAIN, task="segment", data="data/ade20k", init="out/finetune/model.pt",
                     out="out/segment", image_size=512, test_size=512, scale=(0.5, 2.0),
-                    photometric=0.5, max_one_class=0.75, layer_decay=0.9, epochs=127,
+                    photometric=0.5, cat_max_ratio=0.75, layer_decay=0.9, epochs=127,
                     warmup_epochs=1.1875, schedule="linear", batch_size=16, lr=3e-5, lr_batch=16,
                     log_every=50, eval_epochs=13),
     "demo": dict(PLAIN, data="shapes", init="out/demo/encoder.pt", out="out/demo_finetune",
@@ -534,15 +534,22 @@ class Scenes:
             if not os.path.isdir(place):
                 raise InputError(f"there is no folder {place!r}: segmentation needs images/training"
                                  " and images/validation in --data, and the same in annotations/")
-        images, masks = ({os.path.splitext(path)[0]: os.path.join(place, path)
-                          for path in crop.find_images(place)} for place in places)
+        images, masks = map(crop.find_images, places)
         if not images:
             raise InputError(f"no images in {places[0]!r}")
-        lone = [path for stem, path in images.items() if stem not in masks]
+        stems = [os.path.splitext(path)[0] for path in masks]
+        twice = [stem for stem, times in Counter(stems).items() if times > 1]
+        if twice:
+            raise InputError(f"{places[1]!r} has several masks by the name of {twice[0]!r}")
+        masks = dict(zip(stems, masks))
+        lone = [os.path.join(places[0], path) for path in images
+                if os.path.splitext(path)[0] not in masks]
         if lone:
             raise InputError(f"{len(lone)} images lack a mask of the same name in {places[1]!r}: "
                              f"{', '.join(lone[:3])}{' ...' if len(lone) > 3 else ''}")
-        self.pairs = [(path, masks[stem]) for stem, path in images.items()]
+        self.pairs = [(os.path.join(places[0], path),
+                       os.path.join(places[1], masks[os.path.splitext(path)[0]]))
+                      for path in images]
 
     def __len__(self):
         return len(self.pairs)
@@ -585,6 +592,9 @@ def open_scenes(data, splits, classes, machine):
                                      pool.map(source.largest_label, range(len(source))))
             if not largest:
                 raise InputError(f"no mask of {data!r} has a class: 0 is ignored, 1 to N count")
+            if not classes and largest == 255:
+                raise InputError(f"{place!r} has label 255, which often means 'unlabelled'; here "
+                                 "that is 0. Write 0 in its place, or name 255 --classes")
             if classes and largest > len(classes):
                 raise InputError(f"{place!r} has label {largest}; there are {len(classes)} classes,"
                                  f" 1 to {len(classes)}, and 0 is ignored")
@@ -600,20 +610,20 @@ def scene_data(cfg, machine):
         f"{len(train)} images to train on, {len(val)} to validate, {len(classes)} classes")
 
 
-def fit(width, height, size):
+def rescaled_size(width, height, size):
     """Width and height of an image whose shorter side is brought to `size`, or its longer one to
     4 times that where this is less (512 and 2048 in mmsegmentation)."""
     factor = min(size / min(width, height), 4 * size / max(width, height))
     return max(1, round(width * factor)), max(1, round(height * factor))
 
 
-def distort(image, rng, p):
+def photometric_distortion(image, rng, p):
     """mmsegmentation's photometric distortion of an RGB PIL image: brightness, contrast, saturation
     and hue, each with probability p, contrast before or after the colours. (torchvision's
     RandomPhotometricDistort also swaps channels.) DEVIATION: in Pillow's HSV, of 8 bits."""
-    brightness, contrast, saturation, hue, late = rng.random(5) < p
+    brightness, contrast, saturation, hue = rng.random(4) < p
     light, gain, colour, turn = rng.uniform((-32, 0.5, 0.5, -25.6), (32, 1.5, 1.5, 25.6))
-    late = late and contrast
+    late = contrast and rng.random() < 0.5
     if brightness:
         image = image.point(lambda v: v + light)
     if contrast and not late:
@@ -631,11 +641,12 @@ def cut_scene(pair, rng, cfg):
     labels last.
 
     The shorter side is brought to size times a random factor from cfg.scale. Of ten places the
-    first counts in which no class has more than cfg.max_one_class of the labelled pixels. Beyond
-    the image there is the mean colour, and label 0.
+    first counts in which no class has more than cfg.cat_max_ratio of the labelled pixels. Beyond
+    the image there is the mean colour, and label 0. DEVIATION: resized with antialiasing, as Pillow
+    does it, where mmsegmentation has OpenCV.
     """
     image, mask = pair
-    width, height = fit(*image.size, cfg.image_size * rng.uniform(*cfg.scale))
+    width, height = rescaled_size(*image.size, cfg.image_size * rng.uniform(*cfg.scale))
     w, h = min(width, cfg.image_size), min(height, cfg.image_size)
 
     def part(whole, resample):  # of an image as large as it is; no more is resized than is kept
@@ -647,10 +658,10 @@ def cut_scene(pair, rng, cfg):
         x, y = rng.integers(width - w + 1), rng.integers(height - h + 1)
         labels = np.asarray(part(mask, Image.NEAREST))
         counts = np.bincount(labels.ravel(), minlength=2)[1:]
-        if 0 < counts.max() <= cfg.max_one_class * counts.sum():
+        if 0 < counts.max() <= cfg.cat_max_ratio * counts.sum():
             break
     image.draft("RGB", (width, height))
-    colours = distort(part(crop.to_rgb(image), Image.BILINEAR), rng, cfg.photometric)
+    colours = photometric_distortion(part(crop.to_rgb(image), Image.BILINEAR), rng, cfg.photometric)
     both = np.dstack([colours, labels])
     if rng.random() < cfg.flip:
         both = both[:, ::-1]
@@ -686,10 +697,10 @@ def segmenter_loss(cfg, train, machine):
 
 
 def pixel_loss(logits, labels):
-    """Mean cross-entropy of float32 logits [B, N, h, w] over the pixels whose label is not 0; 0
-    where there are none. DEVIATION: mmsegmentation divides by the number of all pixels."""
+    """Cross-entropy of float32 logits [B, N, h, w] over the pixels whose label is not 0, divided
+    by the number of all pixels, so that each weighs the same however a batch is split."""
     total = F.cross_entropy(logits, labels.long() - 1, ignore_index=-1, reduction="sum")
-    return total / (labels > 0).sum().clamp(min=1)
+    return total / labels.numel()
 
 
 def look_at_pixels(cfg, val, rows, machine, model):
@@ -698,7 +709,7 @@ def look_at_pixels(cfg, val, rows, machine, model):
     return lambda step: mean_iou(model, images, len(val.classes), cfg.test_size, machine)
 
 
-def slide(model, x, size):
+def sliding_window(model, x, size):
     """Normalised images x [B, 3, h, w] -> logits [B, N, h, w]: the mean over windows of size x size
     two thirds of a window apart (341 of 512), the last ones flush with the border. Where x is
     smaller than a window it is padded with the mean colour."""
@@ -717,14 +728,17 @@ def slide(model, x, size):
     return (total / count)[:, :, :h, :w]
 
 
-def label_pixels(model, image, size, machine):
+def predict_labels(model, image, size, machine):
     """uint8 image [3, height, width] -> the class 0 to N - 1 of each of its pixels. It is resized,
     its shorter side to `size`, and the logits are brought back to its own size."""
     shape = image.shape[1:]
-    x = F.interpolate(image[None].float() / 255, fit(*shape, size), mode="bilinear", antialias=True)
+    x = F.interpolate(image[None].float() / 255, rescaled_size(*shape, size), mode="bilinear",
+                      antialias=True)
     with measuring(model, machine):
-        logits = slide(model, crop.normalize(x), size)
-    return upsample(logits, shape).argmax(1)[0]
+        logits = sliding_window(model, crop.normalize(x), size)
+    few = [upsample(part, shape).max(1) for part in logits.split(16, 1)]  # photos may be large
+    which = torch.stack([part.values for part in few]).argmax(0, keepdim=True)
+    return (16 * which + torch.stack([part.indices for part in few]).gather(0, which))[0, 0]
 
 
 def confusion(labels, found, classes):
@@ -755,7 +769,7 @@ def mean_iou(model, images, classes, size, machine, show=None):
     n = torch.zeros(1, dtype=torch.int64, device=machine.device)
     for x, numbers in images:
         image, labels = x[0, :3], x[0, 3]
-        found = label_pixels(model, image, size, machine)
+        found = predict_labels(model, image, size, machine)
         matrix += confusion(labels, found, classes)
         n += 1
         if show:
@@ -783,7 +797,7 @@ class Task(NamedTuple):
 TASKS = {
     "classify": Task(labelled_data, training_set, classifier_loss, look_at_classes,
                      ("top1", "top5", "val_loss", "n"),
-                     ("photometric", "max_one_class", "head_width")),
+                     ("photometric", "cat_max_ratio", "head_width")),
     "segment": Task(scene_data, scene_set, segmenter_loss, look_at_pixels,
                     ("miou", "macc", "aacc", "iou", "n"),
                     ("test_crop", "randaugment", "randaugment_std", "randaugment_p", "erasing",
@@ -804,16 +818,16 @@ def main(argv=None):
     cfg = parse_config(Config, RECIPES, argv, __doc__.split("\n")[0])
     machine = setup_machine(cfg.device, cfg.dtype, cfg.compile, cfg.timeout)
     task = TASKS[cfg.task]
-    (train, rows), (val, val_rows), sentence = task.data(cfg, machine)
     checkpoint, final = (os.path.join(cfg.out, name) for name in ("ckpt.pt", "model.pt"))
     saved = None if cfg.bench else newest_checkpoint(cfg.out, machine)
-    classes = train.classes
     found = weights = None
     if saved and cfg.model == "auto":  # the weights are in it
         found = saved["config"]["model"]
     elif not saved and cfg.init != "scratch":
         found, weights, _ = read_weights(cfg.init, cfg.use_target)
     cfg = dataclasses.replace(cfg, model=choose_encoder(cfg, found))
+    (train, rows), (val, val_rows), sentence = task.data(cfg, machine)
+    classes = train.classes
     plan = make_plan(cfg, machine, len(rows))
     if plan.micro == 1 and (cfg.frozen or cfg.model == "resnet50" or
                             cfg.task == "segment" and not machine.syncs_batchnorm):

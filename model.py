@@ -57,10 +57,11 @@ def resize_positions(table, h, w):
 def attend(q, k, v):
     """softmax(q k^T / sqrt(d)) v for [..., N, d], [..., M, d] and [..., M, d].
 
-    CPUs take three products in bf16: PyTorch's own attention needs 7 times as long there for the
-    gradient at so few tokens (17 and 101), and that was a sixth of a training step.
+    Written out for bf16 on CPUs: with few tokens (here 17 and 101) PyTorch's own attention takes 7
+    times as long there for the gradient, a sixth of a training step. With many it is the faster
+    one, and does not keep N x M weights.
     """
-    if v.device.type == "cpu" and v.dtype == torch.bfloat16:
+    if v.device.type == "cpu" and v.dtype == torch.bfloat16 and k.shape[-2] <= 256:
         weights = (q @ k.mT * q.shape[-1] ** -0.5).softmax(-1, dtype=torch.float32)
         return weights.to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v)
@@ -474,7 +475,8 @@ class Segmenter(nn.Module):
                           nn.ConvTranspose2d(D, D, 2, 2)),
             nn.ConvTranspose2d(D, D, 2, 2), nn.Identity(), nn.MaxPool2d(2, ceil_mode=True)])
         self.head = UperNet(D, classes, width)
-        self.auxiliary = nn.Sequential(convolve(D, 256, 3), *classify(256, classes))  # an FCN
+        self.auxiliary = nn.Sequential(conv_bn_relu(D, 256, 3),
+                                       *classifier_layers(256, classes))  # an FCN
 
     def features(self, images):
         """The four maps [B, D, h / s, w / s] at strides s of 1/4, 1/2, 1 and 2 patches; the last
@@ -502,18 +504,21 @@ class UperNet(nn.Module):
     what the coarser ones say, from the top down; all four are fused at the finest.
     """
 
+    PLACES = (1, 2, 3, 6)
+
     def __init__(self, D, classes, width):
         super().__init__()
-        self.pools = nn.ModuleList([nn.Sequential(nn.AdaptiveAvgPool2d(n), convolve(D, width, 1))
-                                    for n in (1, 2, 3, 6)])
-        self.bottleneck = convolve(D + 4 * width, width, 3)
-        self.laterals = nn.ModuleList([convolve(D, width, 1) for _ in range(3)])
-        self.smooth = nn.ModuleList([convolve(width, width, 3) for _ in range(3)])
-        self.fuse = nn.Sequential(convolve(4 * width, width, 3), *classify(width, classes))
+        self.pools = nn.ModuleList([conv_bn_relu(D, width, 1) for _ in self.PLACES])
+        self.bottleneck = conv_bn_relu(D + 4 * width, width, 3)
+        self.laterals = nn.ModuleList([conv_bn_relu(D, width, 1) for _ in range(3)])
+        self.smooth = nn.ModuleList([conv_bn_relu(width, width, 3) for _ in range(3)])
+        self.fuse = nn.Sequential(conv_bn_relu(4 * width, width, 3),
+                                  *classifier_layers(width, classes))
 
     def forward(self, maps):
         *finer, x = maps
-        x = self.bottleneck(torch.cat([x, *(resize_to(x, pool(x)) for pool in self.pools)], 1))
+        pooled = [resize_to(x, conv(pool(x, n))) for n, conv in zip(self.PLACES, self.pools)]
+        x = self.bottleneck(torch.cat([x, *pooled], 1))
         levels = [x]
         for k in (2, 1, 0):  # from coarse to fine
             x = self.laterals[k](finer[k]) + resize_to(finer[k], x)
@@ -521,13 +526,20 @@ class UperNet(nn.Module):
         return self.fuse(torch.cat([resize_to(x, level) for level in levels], 1))
 
 
-def convolve(inside, outside, size):
+def pool(x, n):
+    """x [B, C, h, w] -> its means over n x n places. (On Apple GPUs n must divide h and w.)"""
+    if x.device.type == "mps":
+        return F.adaptive_avg_pool2d(x.cpu(), n).to(x.device)
+    return F.adaptive_avg_pool2d(x, n)
+
+
+def conv_bn_relu(inside, outside, size):
     """Convolution that keeps h and w, BatchNorm, ReLU."""
     return nn.Sequential(nn.Conv2d(inside, outside, size, padding=size // 2, bias=False),
                          nn.BatchNorm2d(outside), nn.ReLU(inplace=True))
 
 
-def classify(width, classes):
+def classifier_layers(width, classes):
     """The last two layers of a head."""
     last = nn.Conv2d(width, classes, 1)
     nn.init.normal_(last.weight, std=0.01)  # the first loss is about ln(classes)

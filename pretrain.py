@@ -182,7 +182,7 @@ def check_values(cfg, **choices):
                 raise InputError(f"{name} {value} must be {bound}")
         if f.name == "seed" and value >= 2**63:
             raise InputError(f"{name} {value} must be below 2**63")
-    if cfg.data == "none" and cfg.bench in (0, *choices.get("bench", ())):
+    if cfg.data == "none" and not (isinstance(cfg.bench, int) and cfg.bench):
         raise InputError("--data none is noise to time: it goes with --bench=N of training only")
 
 
@@ -1060,7 +1060,8 @@ def matmul_tflops(machine):
 
 
 def peak_memory_gb(machine):
-    """The most memory that tensors took on a CUDA device, else that this process took."""
+    """The most memory that tensors took on a CUDA device, else that this process took on the host,
+    loader workers not counted."""
     if machine.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 1e9
     try:

@@ -414,10 +414,11 @@ def tiny_cim(encoder="vit_d8", width=32, depth=1, seed=0):
     return cim, context, exemplars, maps
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 17, 17), (1, 3, 101, 101), (2, 3, 100, 17)])
+@pytest.mark.parametrize("shape", [(2, 3, 17, 17), (1, 3, 101, 101), (2, 3, 100, 17),
+                                   (1, 1, 9, 300)])
 def test_attention_in_bfloat16_is_exact_to_its_rounding(shape):
-    """attend's three products, which CPUs take in bf16, equal float32's attention to 1% in norm,
-    forward and backward (bf16 rounds to 0.4%); other precisions take PyTorch's own."""
+    """attend in bf16 on a CPU, written out for few tokens, equals float32's attention to 1% in
+    norm, forward and backward (bf16 rounds to 0.4%); all else is PyTorch's own."""
     *batch, n, m = shape
     exact = [torch.randn(*batch, k, 64) for k in (n, m, m, n)]
 
@@ -429,7 +430,10 @@ def test_attention_in_bfloat16_is_exact_to_its_rounding(shape):
 
     truth = gradients(F.scaled_dot_product_attention, torch.float32)
     assert all(map(torch.equal, truth, gradients(model.attend, torch.float32)))
-    for got, expected in zip(gradients(model.attend, torch.bfloat16), truth):
+    brief = gradients(model.attend, torch.bfloat16)
+    usual = gradients(F.scaled_dot_product_attention, torch.bfloat16)
+    assert all(map(torch.equal, brief, usual)) == (m > 256)
+    for got, expected in zip(brief, truth):
         assert 0 < (got - expected).norm() / expected.norm() < 0.01
 
 
@@ -1070,10 +1074,10 @@ def test_a_finished_run_says_so(tmp_path, capsys):
     demo(tmp_path, "--max_steps=1")
     pretrain.main([*TINY, f"--out={tmp_path}", "--bench=1", "--exemplars=1"])
     assert json.load(open(tmp_path / "config.json"))["exemplars"] == 6
-    before = {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*.*")}
     demo(tmp_path, "--max_steps=1")
     assert "finished: 1 of 1 steps" in capsys.readouterr().out
-    assert before == {f.name: f.read_bytes() for f in tmp_path.iterdir()}
+    assert len(before) == 7 and before == {f: f.read_bytes() for f in tmp_path.rglob("*.*")}
 
 
 def test_resnet50_trains_too(tmp_path):
@@ -1872,7 +1876,7 @@ def test_the_recipe_segment_is_beits():
     a straight line to 0."""
     expected = dict(lr=3e-5, batch_size=16, lr_batch=16, weight_decay=0.05, layer_decay=0.9,
                     drop_path=0.1, beta1=0.9, beta2=0.999, clip=0, optimizer="adamw", flip=0.5,
-                    image_size=512, test_size=512, scale=(0.5, 2.0), max_one_class=0.75,
+                    image_size=512, test_size=512, scale=(0.5, 2.0), cat_max_ratio=0.75,
                     photometric=0.5, head_width=768, schedule="linear", task="segment")
     cfg = recipe("segment")
     assert {k: getattr(cfg, k) for k in expected} == expected
@@ -1985,15 +1989,16 @@ def test_sliding_windows_average_what_covers_a_pixel(h, w):
             total[:, :, a:a + size, b:b + size] += net(padded[:, :, a:a + size, b:b + size])
             count[a:a + size, b:b + size] += 1
     brute = len(calls)
-    got = finetune.slide(net, x, size)
+    got = finetune.sliding_window(net, x, size)
     assert count.min() >= 1 and sum(len(c) for c in calls[brute:]) == brute
     torch.testing.assert_close(got, (total / count)[:, :, :h, :w])
 
 
 def test_images_are_fitted_to_the_shorter_side():
     """512 for the shorter side, but never more than 2,048 for the longer one."""
-    assert finetune.fit(683, 512, 512) == (683, 512) and finetune.fit(300, 600, 512) == (512, 1024)
-    assert finetune.fit(6000, 1000, 512) == (2048, 341) and finetune.fit(9000, 1, 512) == (2048, 1)
+    for sides, expected in (((683, 512), (683, 512)), ((300, 600), (512, 1024)),
+                            ((6000, 1000), (2048, 341)), ((9000, 1), (2048, 1))):
+        assert finetune.rescaled_size(*sides, 512) == expected
 
 
 @pytest.mark.parametrize("size", [(200, 160), (90, 200), (800, 600)])
@@ -2043,7 +2048,7 @@ def test_no_class_fills_a_crop_if_ten_tries_find_another():
             yield (counts.max() / counts.sum()).item()
 
     # one place in six is good: 60 x (5/6)^10 = 10 crops find none, or 50 without looking
-    assert sum(m > 0.75 for m in most()) <= 15 and sum(m > 0.75 for m in most(max_one_class=1)) > 40
+    assert sum(m > 0.75 for m in most()) <= 15 and sum(m > 0.75 for m in most(cat_max_ratio=1)) > 40
 
 
 def test_photometric_distortion_equals_the_formulas():
@@ -2056,14 +2061,14 @@ def test_photometric_distortion_equals_the_formulas():
         def __init__(self, *happens):
             self.happens = 1.0 - np.array(happens)
 
-        def random(self, n):
-            return self.happens
+        def random(self, n=None):  # the last one: contrast comes late
+            return self.happens[:n] if n else self.happens[4]
 
         def uniform(self, low, high):
             return np.array([10, 1.5, 0.5, 25.6])
 
     def changed(*happens):
-        return np.asarray(finetune.distort(image, Draws(*happens), 0.5)).astype(int)
+        return np.asarray(finetune.photometric_distortion(image, Draws(*happens), 0.5)).astype(int)
 
     assert (changed(0, 0, 0, 0, 1) == before).all()
     assert (changed(1, 0, 0, 0, 0) == before + 10).all()
@@ -2076,19 +2081,19 @@ def test_photometric_distortion_equals_the_formulas():
     assert np.abs(np.median(turned)) < 3 and np.abs(hsv[2][..., 2] - hsv[0][..., 2]).max() <= 1
     for seed in range(100):
         rng = np.random.default_rng(seed)
-        kinds.add(finetune.distort(image, rng, 0.5).tobytes() == image.tobytes())
-        assert finetune.distort(image, rng, 0.0) == image
+        kinds.add(finetune.photometric_distortion(image, rng, 0.5).tobytes() == image.tobytes())
+        assert finetune.photometric_distortion(image, rng, 0.0) == image
     assert kinds == {True, False}
 
 
-def test_the_loss_is_the_mean_over_labelled_pixels():
-    """Cross-entropy by a float64 loop over the pixels with a label; where none has one the loss and
-    its gradient are 0."""
+def test_the_loss_counts_each_labelled_pixel_alike():
+    """Cross-entropy by a float64 loop over the pixels with a label, over the number of all; where
+    none has one the loss and its gradient are 0."""
     logits, labels = rand(2, 3, 4, 5).requires_grad_(), torch.randint(0, 4, (2, 4, 5)).byte()
     labels[0, 0] = 0
     terms = [-logits[b, :, y, x].log_softmax(0)[labels[b, y, x].long() - 1]
              for b, y, x in labels.nonzero().tolist()]
-    torch.testing.assert_close(finetune.pixel_loss(logits, labels), sum(terms) / len(terms))
+    torch.testing.assert_close(finetune.pixel_loss(logits, labels), sum(terms) / labels.numel())
     loss = finetune.pixel_loss(logits, torch.zeros_like(labels))
     loss.backward()
     assert loss == 0 and (logits.grad == 0).all()
@@ -2116,10 +2121,10 @@ def test_two_classes_are_learned_and_measured(scenes, tmp_path, capsys):
     for i in range(5):
         with source.open(i) as (image, mask), torch.no_grad():
             x, y = crop.to_tensor(crop.to_rgb(image)), torch.from_numpy(np.array(mask))
-        w, h = finetune.fit(*image.size, size)
+        w, h = finetune.rescaled_size(*image.size, size)
         x = F.interpolate(x[None] / 255, (h, w), mode="bilinear", antialias=True)
         with torch.no_grad():
-            logits = finetune.slide(net, crop.normalize(x), size)
+            logits = finetune.sliding_window(net, crop.normalize(x), size)
         best = F.interpolate(logits, y.shape, mode="bilinear").argmax(1)[0]
         for t, f in zip(y.flatten().tolist(), best.flatten().tolist()):
             if t > 0:
@@ -2132,7 +2137,7 @@ def test_two_classes_are_learned_and_measured(scenes, tmp_path, capsys):
     assert torch.equal(sum(m for m, _ in parts), matrix) and sorted(painted) == [0, 1, 2, 3, 4]
     assert sum(n for _, n in parts) == 5
     assert got["miou"] == pytest.approx(finetune.iou_scores(matrix)["miou"], abs=1e-3)
-    for name, (w, h) in ("00", (70, 60)), ("04", (40, 64)):
+    for name, (w, h) in ("00000_00", (70, 60)), ("00004_04", (40, 64)):
         picture = np.asarray(Image.open(tmp_path / f"miou_{name}.png"))
         assert picture.shape == (h, 3 * w, 3) and (picture[:3, w:2 * w] == 0).all()
         truth, found = picture[3:, w:2 * w], picture[3:, 2 * w:]
@@ -2152,8 +2157,8 @@ def test_segmentation_goes_on_bit_for_bit(scenes, tmp_path):
     a, b = (torch.load(tmp_path / x / "model.pt", weights_only=True) for x in "ab")
     assert all(torch.equal(v, b["weights"][k]) for k, v in a["weights"].items())
     assert a["classes"] == ["1", "2"] and a["config"]["task"] == "segment"
-    with pytest.raises(InputError, match=r"differs in max_one_class \(0.75 there, 0.5 here\)"):
-        segment(tmp_path / "b", scenes, "--drop_path=0.5", "--max_one_class=0.5")
+    with pytest.raises(InputError, match=r"differs in cat_max_ratio \(0.75 there, 0.5 here\)"):
+        segment(tmp_path / "b", scenes, "--drop_path=0.5", "--cat_max_ratio=0.5")
 
 
 def test_two_processes_segment(scenes, tmp_path):
@@ -2163,7 +2168,7 @@ def test_two_processes_segment(scenes, tmp_path):
                      f"--out={tmp_path}")
     assert result.returncode == 0, result.stderr
     row, = pretrain.read_log(str(tmp_path))
-    assert row["n"] == 5 and row["loss"] == pytest.approx(1.4 * math.log(2), rel=0.05)
+    assert row["n"] == 5 and 0.5 < row["loss"] / (1.4 * math.log(2)) < 1  # unlabelled
 
 
 def test_a_segmenter_begins_with_any_encoder(scenes, classes3, tmp_path, capsys):
@@ -2567,7 +2572,7 @@ def test_unreadable_images_are_replaced_named_once_and_counted(tmp_path, capsys)
     bad[0].write_bytes(bad[0].read_bytes()[:300])
     bad[1].write_text("not an image")
     bad[2].write_bytes(b"")
-    flags = [f"--data={tmp_path}", "--max_steps=6"]
+    flags = [f"--data={tmp_path / 'a'}", "--max_steps=6"]
     rows = demo(tmp_path / "out", *flags)
     said = capsys.readouterr().err
     assert len(rows) == 6 and all(said.count(f"read '{path}'") == 1 for path in bad), said
@@ -2578,7 +2583,7 @@ def test_unreadable_images_are_replaced_named_once_and_counted(tmp_path, capsys)
         expected = crop.cut_context(image, np.random.default_rng((0, 3, 0, 3)), 32)
     assert torch.equal(context, expected)
     (tmp_path / "a" / "020.jpg").write_text("one too many")
-    with pytest.raises(InputError, match="4 of 39 images cannot be read"):
+    with pytest.raises(InputError, match="4 of 38 images cannot be read"):
         demo(tmp_path / "out2", *flags)
 
 
@@ -2656,7 +2661,8 @@ def test_the_log_holds_what_the_design_says(tmp_path):
             "skill"} <= set(rows[0])
     assert rows[0]["loss"] == pytest.approx(math.log(2), rel=0.02)
     assert {f.name for f in tmp_path.iterdir()} == {
-        "config.json", "log.jsonl", "ckpt.pt", "ckpt_previous.pt", "encoder.pt", "maps.png", "lock"}
+        "config.json", "log.jsonl", "ckpt.pt", "ckpt_previous.pt", "encoder.pt", "maps.png", "maps",
+        "lock"}
     assert Image.open(tmp_path / "maps.png").width > 600
     state = encoder_of(tmp_path)
     model.build_encoder("vit_d8").load_state_dict(state)
