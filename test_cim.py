@@ -1570,35 +1570,34 @@ def test_fine_tuning_goes_on_bit_for_bit(name, classes3, tmp_path, monkeypatch):
         tune(tmp_path / "b", classes3, *flags, "--mixup=0")
 
 
-def test_pretrain_finetune_evaluate_as_commands(classes3, tmp_path):
-    """The three scripts one after the other on a folder of generated images; two processes give
-    the accuracy of one; another class count gives the head another size; online and target, and an
-    untrained encoder, are scored by k-NN."""
-    def run(*words):
-        result = command(*words)
+def test_pretrain_finetune_evaluate_one_after_the_other(classes3, tmp_path):
+    """The three scripts on a folder of generated images; two processes give the accuracy of one;
+    another class count gives the head another size; online and target, and an untrained encoder,
+    are scored by k-NN."""
+    def on_two(*words):
+        result = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                         *words, *data)
         assert result.returncode == 0, result.stderr
         return result.stdout.splitlines()[-1]
 
     pre, fine = tmp_path / "pre", tmp_path / "fine"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     data = [f"--data={classes3}", "--device=cpu", "--dtype=float32", "--workers=0"]
-    run("pretrain.py", *TINY, f"--data={classes3}", "--max_steps=2", f"--out={pre}")
-    run(*torchrun, "finetune.py", *SMALL, *data, f"--init={pre / 'encoder.pt'}", f"--out={fine}",
-        "--max_steps=4", "--micro_batch=2")
-    scores = [json.loads(run(*words, "evaluate.py", "--bench=top1", *data,
-                             f"--ckpt={fine / 'model.pt'}")) for words in ([], torchrun)]
+    demo(pre, f"--data={classes3}", "--max_steps=2")
+    on_two("finetune.py", *SMALL, f"--init={pre / 'encoder.pt'}", f"--out={fine}", "--max_steps=4",
+           "--micro_batch=2")
+    top1 = ["--bench=top1", f"--ckpt={fine / 'model.pt'}"]
     last = json.loads(open(fine / "log.jsonl").readlines()[-1])
-    for score in scores:
-        assert score["n"] == 21 and score["top1"] == pytest.approx(last["top1"], abs=1e-3)
+    for got in (score(fine, *top1, *data), json.loads(on_two("evaluate.py", *top1))):
+        assert got["n"] == 21 and got["top1"] == pytest.approx(last["top1"], abs=1e-3)
     tune(tmp_path / "eight", "shapes", f"--init={fine / 'model.pt'}", "--max_steps=1")
     saved = torch.load(tmp_path / "eight" / "model.pt", weights_only=True)
     assert saved["weights"]["head.weight"].shape == (8, 64) and saved["classes"][0] == "circle"
-    knn = ["evaluate.py", "--bench=knn", "--size=32", *data]
-    found = [json.loads(run(*words)) for words in (
-        [*knn, f"--ckpt={pre / 'encoder.pt'}"], [*torchrun, *knn, f"--ckpt={pre / 'ckpt.pt'}"],
-        [*knn, f"--ckpt={pre / 'ckpt.pt'}", "--use_target"],
-        [*knn, "--ckpt=scratch", "--model=vit_d8", f"--out={tmp_path / 's'}"])]
-    assert found[0]["knn"] == found[1]["knn"] and all(f["bank"] == 24 for f in found)
+    knn = ["--bench=knn", "--size=32"]
+    found = [score(pre, *knn, *data, *words) for words in (
+        [f"--ckpt={pre / 'encoder.pt'}"], [f"--ckpt={pre / 'ckpt.pt'}", "--use_target"],
+        ["--ckpt=scratch", "--model=vit_d8"])]
+    found.append(json.loads(on_two("evaluate.py", *knn, f"--ckpt={pre / 'ckpt.pt'}")))
+    assert found[0]["knn"] == found[3]["knn"] and all(f["bank"] == 24 for f in found)
     assert (pre / "knn.json").exists() and (pre / "knn_target.json").exists()
 
 
