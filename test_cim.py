@@ -1934,7 +1934,7 @@ def test_upernet_equals_the_figure():
     def up(x, like):
         return F.interpolate(x, size=like.shape[2:], mode="bilinear", align_corners=False)
 
-    pooled = [up(pool[1](F.adaptive_avg_pool2d(maps[3], n)), maps[3])
+    pooled = [up(pool(F.adaptive_avg_pool2d(maps[3], n)), maps[3])
               for pool, n in zip(head.pools, (1, 2, 3, 6))]
     p = [lateral(x) for lateral, x in zip(head.laterals, maps)]
     p.append(head.bottleneck(torch.cat([maps[3], *pooled], 1)))
