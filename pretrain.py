@@ -363,10 +363,14 @@ def multiplies_bf16(device):
     """Whether the hardware has bf16 matrix products of its own, so that they are faster."""
     if device == "cuda":
         return torch.cuda.get_device_capability() >= (8, 0)
-    if device == "cpu" and os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as f:
-            return re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", f.read()) is not None
-    return False
+    return device == "cpu" and re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", cpu_info()) is not None
+
+
+def cpu_info():
+    """What Linux says of the processor; nothing elsewhere."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo") as f:
+        return f.read()
+    return ""
 
 
 PEAK_TFLOPS = {"B200": 2250, "H200": 989, "H100 80GB HBM3": 989, "A100": 312, "L40S": 362,
@@ -1076,11 +1080,10 @@ def chip(machine):
     """The name of the device."""
     if machine.device.type == "cuda":
         return torch.cuda.get_device_name()
-    if machine.device.type == "cpu" and os.path.exists("/proc/cpuinfo"):
-        with open("/proc/cpuinfo") as f:
-            named = re.search(r"model name\s*: (.*)", f.read())
-        return f"{named[1] if named else 'cpu'}, {torch.get_num_threads()} threads"
-    return machine.device.type
+    if machine.device.type == "mps":
+        return "mps"
+    named = re.search(r"model name\s*: (.*)", cpu_info())
+    return f"{named[1] if named else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def bench_report(name, journal):
