@@ -332,7 +332,7 @@ def to_tensor(image):
 
 def to_image(x):
     """uint8 [3, height, width] -> RGB PIL image."""
-    return Image.fromarray(x.permute(1, 2, 0).numpy())
+    return Image.fromarray(x.permute(1, 2, 0).contiguous().numpy())
 
 
 def cut_context(image, rng, size, scale=(0.5, 1.0), flip=0.5, augment=None):
@@ -603,7 +603,7 @@ def contact_sheet(context, exemplars, maps, theta, logits=None, tile=TILE):
     """
     def paint(x):  # [3, h, w] normalised -> PIL image
         x = x * x.new_tensor(STD).view(3, 1, 1) + x.new_tensor(MEAN).view(3, 1, 1)
-        return Image.fromarray((x.clamp(0, 1) * 255).byte().permute(1, 2, 0).numpy())
+        return to_image((x.clamp(0, 1) * 255).byte())
 
     def heat(p, picture):  # [m, m] in [0, 1]: the context in gray, lit up where p is high
         back = np.asarray(picture.convert("L"), dtype=np.float32)[..., None] * 0.45

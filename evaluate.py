@@ -14,7 +14,7 @@
     6. mean IoU    miou, of a segmenter (Table 7)
     7. maps        of a pre-trained model (Figures 5 and 6)
     8. curves      of a run's log, and its maps over training
-    9. main        one JSON line, kept in the run's folder as BENCH.json
+    9. main        one JSON line, kept in the run's folder as BENCH.json or BENCH_target.json
 """
 
 import contextlib
@@ -61,8 +61,8 @@ class Config:
     eps: float = 1.0  # largest change of a pixel in 255ths (fgsm, pgd)
     step: float = 0.5  # change of a pixel in one step, in 255ths (pgd)
     steps: int = 5  # steps of the attack (pgd)
-    rows: int = 3  # images in the picture, at most 16 (maps)
-    pictures: int = 0  # images to paint with truth and prediction, miou_NAME.png (miou)
+    rows: int = 3  # images in the picture (maps)
+    pictures: int = 0  # images to paint with truth and prediction, miou_*.png (miou)
     seed: int = 0  # of an untrained encoder, a split without val/ (knn) and random starts (pgd)
     device: str = "auto"  # auto, cpu, cuda or mps
     dtype: str = "auto"  # auto, float32 or bfloat16; auto is bfloat16 where the chip multiplies it
@@ -73,6 +73,8 @@ class Config:
         check_values(self, bench=BENCHES, model=("auto", *ENCODERS))
         if self.bench == "miou":
             refuse(self, {}, "--bench miou", "classes", "test_crop", "model")
+        if self.bench in ("maps", "curves"):
+            refuse(self, {}, f"--bench {self.bench}", "use_target", "size", "test_crop", "model")
 
 
 # --------------------------------------------------------------------------------- 2. the model
@@ -175,7 +177,8 @@ def vote(queries, bank, labels, classes, k, temperature):
     for q in queries.split(max(1, 2**26 // len(bank))):  # 256 MB of cosines at a time
         cosine, nearest = (q @ bank.T).topk(min(k, len(bank)))
         votes = torch.zeros(len(q), classes, device=q.device)
-        votes.scatter_add_(1, labels[nearest], ((cosine - 1) / temperature).exp())
+        weights = ((cosine - 1) / temperature).exp()  # - 1: the same vote, no overflow
+        votes.scatter_add_(1, labels[nearest], weights)
         chosen.append(votes.argmax(1))
     return torch.cat(chosen)
 
@@ -331,7 +334,7 @@ def paint(image, labels, found):
     """Image uint8 [3, h, w], labels and what was found [h, w], of 0 to N -> a PIL image of the
     three side by side."""
     panels = [image, *(PALETTE[x.long()].movedim(2, 0) for x in (labels, found))]
-    return Image.fromarray(torch.cat(panels, 2).movedim(0, 2).contiguous().numpy())
+    return crop.to_image(torch.cat(panels, 2))
 
 
 def miou(cfg, machine):

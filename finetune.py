@@ -10,9 +10,9 @@ In the order in which things happen:
     1. Config     every field is a flag; the defaults are Table 10 for ViT-B/16; RECIPES are values
     2. the data   labels, RandAugment, MixUp and CutMix
     3. weights    our files, timm's, torchvision's, the released ones -> an encoder
-    4. the loss   soft targets, learning rates by layer
+    4. training   soft targets, learning rates by layer, the model and its optimiser
     5. accuracy   exact for any number of processes
-    6. segments   what is different where every pixel has a label (4.4, Table 7)
+    6. scenes     segmentation: what is different where every pixel has a label (4.4, Table 7)
     7. main       the loop; processes, schedules, checkpoints and the log are pretrain.py's
 
 The images and crops of step s are seeded by (seed, s) as in pretrain.py. MixUp, CutMix, drop path
@@ -154,9 +154,10 @@ RECIPES = {  # values only
                  warmup_epochs=1.0, batch_size=64, lr=2e-3, lr_batch=64, workers=0, log_every=75,
                  eval_epochs=5),
 }
+# The encoder of a recipe without weights.
 SCRATCH = {"vit_b": "vit_b16", "vit_s": "vit_s16", "resnet50_100": "resnet50",
            "resnet50_300": "resnet50", "segment": "vit_b16",
-           "demo": "vit_d8"}  # the encoder of a recipe without weights
+           "demo": "vit_d8"}
 
 
 # ---------------------------------------------------------------------------------- 2. the data
@@ -380,7 +381,7 @@ def choose_encoder(cfg, found):
     return name
 
 
-# ---------------------------------------------------------------------------------- 4. the loss
+# ---------------------------------------------------------------------------------- 4. training
 
 def soft_loss(logits, targets, cfg):
     """Cross-entropy, or the mean binary cross-entropy over the classes, with smoothed targets:
@@ -518,7 +519,7 @@ def accuracy(model, images, labels, machine, among=None, attack=None):
     return dict(top1=100 * top1 / n, top5=100 * top5 / n, val_loss=loss / n, n=int(n))
 
 
-# ---------------------------------------------------------------------------------- 6. segments
+# ------------------------------------------------------------------------------------ 6. scenes
 
 class Scenes:
     """ADE20K's layout: images/SPLIT/NAME.* with annotations/SPLIT/NAME.*, masks whose values are 0
@@ -784,7 +785,8 @@ def mean_iou(model, images, classes, size, machine, show=None):
 # -------------------------------------------------------------------------------------- 7. main
 
 class Task(NamedTuple):
-    """What differs between classification and segmentation."""
+    """What differs between classification and segmentation; an argument that one of the two does
+    not need is there for the other."""
 
     data: Callable  # (cfg, machine) -> (source, rows) to train, to validate on, a sentence
     dataset: Callable  # (cfg, source, rows) -> the data set of random crops

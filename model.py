@@ -1,6 +1,6 @@
 """model.py: encoders, correlation decoder and CIM itself (paper 3.2, Figure 2, Eqs. 2-7).
 
-Read it from the bottom up or from the top down:
+Read 1 to 6 in order, or begin with 6 and look up what it uses:
 
     1. positions      the fixed 2-D sin-cos table, and how it is resized
     2. ViT            attention, block, encoder; parameters named as in timm
@@ -365,7 +365,7 @@ class CIM(nn.Module):
             if word not in known:
                 raise ValueError(f"{word!r} is none of {', '.join(known)}")
         self.bootstrap = bootstrap
-        self.loss = F.binary_cross_entropy_with_logits if loss == "ce" else LOSSES[loss]
+        self.loss = LOSSES[loss]  # of section 9; by default Eq. 7's cross-entropy
         self.online = build_encoder(encoder)
         if context_size % self.online.stride:
             raise ValueError(f"context_size {context_size} is no multiple of {encoder}'s stride "
@@ -517,13 +517,13 @@ class UperNet(nn.Module):
 
     def forward(self, maps):
         *finer, x = maps
-        pooled = [resize_to(x, conv(pool(x, n))) for n, conv in zip(self.PLACES, self.pools)]
+        pooled = [resize_to(conv(pool(x, n)), x) for n, conv in zip(self.PLACES, self.pools)]
         x = self.bottleneck(torch.cat([x, *pooled], 1))
         levels = [x]
         for k in (2, 1, 0):  # from coarse to fine
-            x = self.laterals[k](finer[k]) + resize_to(finer[k], x)
+            x = self.laterals[k](finer[k]) + resize_to(x, finer[k])
             levels.append(self.smooth[k](x))
-        return self.fuse(torch.cat([resize_to(x, level) for level in levels], 1))
+        return self.fuse(torch.cat([resize_to(level, x) for level in levels], 1))
 
 
 def pool(x, n):
@@ -547,7 +547,7 @@ def classifier_layers(width, classes):
     return nn.Dropout2d(0.1), last
 
 
-def resize_to(like, x):
+def resize_to(x, like):
     """x [B, C, n, n] at the h and w of `like`, bilinear."""
     return F.interpolate(x, size=like.shape[2:], mode="bilinear")
 
@@ -684,7 +684,7 @@ def mean_inside(losses, maps):
 class Head(nn.Module):
     """What heads share: respond(h_c [B, N, D], h_z [B, K, Nz, D]) -> [B, K, 1 or 5, g, g], the
     logit of each place of the context's grid and, where there is a box_loss, four numbers for the
-    box."""
+    box. Each is built from (encoder_width, grid), needed or not."""
 
     WIDTH = 256  # channels, or the encoder's where it has fewer
     map_weight = 1.0  # of the loss on the map; that on the box is weighted in box_loss

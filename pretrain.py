@@ -1,6 +1,6 @@
 """pretrain.py: self-supervised pre-training by Correlational Image Modeling (Table 9).
 
-    python pretrain.py --preset=demo                                  a laptop, a few minutes
+    python pretrain.py --preset=demo                                  a laptop, a minute or two
     python pretrain.py --preset=imagenette                            one GPU
     torchrun --nproc_per_node=8 pretrain.py --data=/data/imagenet     the paper's run
 
@@ -13,7 +13,8 @@ In the order in which things happen:
     5. schedules    learning rate and tau, optimiser groups
     6. files        atomic checkpoints, the log, signals, the folder's lock
     7. measuring    skill on held-out images, maps.png
-    8. main         the loop
+    8. the model    built, counted, timed, compiled, wrapped
+    9. main         the loop
 
 A run is a function of its config and seed: the images, crops and uniform numbers of step s are
 seeded by (seed, s) alone, so the number of workers and processes, the micro-batch and
@@ -58,7 +59,7 @@ from model import (BOOTSTRAPS, CIM, CORRELATIONS, ENCODERS, LOSSES, PREDICTORS, 
 class Config:
     """The paper's recipe, Table 9. A field's comment is its line in --help."""
 
-    preset: str = "paper"  # paper, imagenette or demo: values only, flags go before them
+    preset: str = "paper"  # paper, imagenette or demo: values only; flags beat them
     # where
     data: str = "data/imagenet"  # a folder; shapes, imagenette, cifar10, stl10; none, for --bench
     classes: str = ""  # a file with the names of the class folders to keep, one a line
@@ -155,12 +156,13 @@ FREE = ("out", "micro_batch", "device", "compile", "workers", "log_every", "eval
 
 # ------------------------------------------------------------------------------ 2. command line
 
+# Fields of all three scripts; others may be 0, and have no upper bound.
 POSITIVE = ("context_size", "exemplar_size", "exemplars", "decoder_width", "decoder_depth",
             "epochs", "batch_size", "lr", "lr_batch", "log_every", "image_size", "test_size",
             "repeats", "eval_epochs", "layer_decay", "k", "temperature", "steps", "rows",
-            "timeout", "head_width", "max_one_class")
+            "timeout", "head_width", "cat_max_ratio")
 BOUNDS = {("flip", "jitter", "gray", "blur", "solarize", "tau", "erasing", "test_crop",
-           "randaugment_p", "photometric", "max_one_class"): "at most 1",
+           "randaugment_p", "photometric", "cat_max_ratio"): "at most 1",
           ("beta1", "beta2", "drop_path", "smoothing", "bce_threshold"): "below 1"}
 
 
@@ -455,8 +457,8 @@ def micro_batches(cfg, plan, rank, steps, repeats=1):
 
     An epoch is a permutation of the images seeded by (seed, epoch); step s takes its s-th slice of
     batch_size, each process its part of the slice. Repeated augmentation shows each image `repeats`
-    times in a step (where a slice ends between, in two), each time as if in another epoch, and
-    1 / repeats of the images in an epoch.
+    times in a step (in two, where a batch ends between its repeats), each time as if in another
+    epoch, and 1 / repeats of the images in an epoch.
     """
     shuffled = None
     for step in steps:
@@ -699,7 +701,7 @@ def resume(saved, path, cfg, machine, plan, model, optimizer):
     Raises InputError naming the fields in which its config differs from cfg, FREE ones excepted,
     and when the processes found different checkpoints.
     """
-    step = saved["step"] if saved else 0  # the largest is the smallest where all are alike
+    step = saved["step"] if saved else 0  # alike where the largest is the smallest
     if machine.max(step) != -machine.max(-step):
         raise InputError(f"the processes found different checkpoints in {cfg.out!r}: all nodes "
                          "need to see the same folder")
@@ -804,16 +806,17 @@ class Journal:
 
     def fetch(self, loader):
         """The loader's next batch. The clock of a stretch of steps starts at its first one."""
-        asked = time.perf_counter()
-        self.clock = self.clock or asked
+        began = time.perf_counter()
+        self.clock = self.clock or began
         batch = self.bad.check(*next(loader))
-        self.waited += time.perf_counter() - asked
+        self.waited += time.perf_counter() - began
         return batch
 
     def end_step(self, done, loss, lr, grad_norm, looks, model, optimizer, **more):
         """What is due after step `done`: its row, a checkpoint, a look at held-out images where
-        `looks`, the end where a signal asked for it. Raises InputError where something is due and
-        a gradient was not finite since, SystemExit(STOPPED) at the end. loss: of this process.
+        `looks`, the end where a signal asked for it. Raises InputError at the first row, save or
+        stop after a gradient that was not finite; SystemExit(STOPPED) after a signal. loss: of
+        this process.
         """
         cfg, machine = self.cfg, self.machine
         if cfg.bench:
@@ -1019,6 +1022,8 @@ class HeldOut:
                                                                   logits))))
 
 
+# --------------------------------------------------------------------------------- 8. the model
+
 def build_model(cfg):
     """The CIM of a config, or the tracker, freshly initialised."""
     if cfg.decoder != "cim":
@@ -1045,8 +1050,6 @@ def gflop_per_image(cfg):
 
     return count_gflop(loss_of_two)
 
-
-# -------------------------------------------------------------------------------------- 8. main
 
 def matmul_tflops(machine):
     """The rate that the chip's matrix product really reaches in this precision, in TFLOP/s: the
@@ -1093,7 +1096,7 @@ def bench_report(name, journal):
     steps = np.diff(np.array(journal.ticks[BENCH_WARMUP - 1:]), axis=0)  # [N, 2]: step, waiting
     median, spread = float(np.median(steps[:, 0])), np.percentile(steps[:, 0], [10, 90]).tolist()
     tflops = gflop * cfg.batch_size / median / 1e3 / machine.world
-    peak, reached = peak_tflops(machine), matmul_tflops(machine)
+    peak, reached = journal.peak, matmul_tflops(machine)
     report = {"bench": name, "n": len(steps), "step_s": round(median, 5),
               "step_s_p10_p90": [round(x, 5) for x in spread],
               "images_per_s": round(cfg.batch_size / median, 2),
@@ -1135,6 +1138,8 @@ def accelerate(model, machine):
         model, device_ids=[machine.device.index] if machine.device.type == "cuda" else None,
         gradient_as_bucket_view=True)
 
+
+# -------------------------------------------------------------------------------------- 9. main
 
 def main(argv=None):
     """The run of a Config, from the command line to encoder.pt; goes on from out/ckpt.pt."""

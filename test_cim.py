@@ -2193,6 +2193,7 @@ def test_a_segmenter_begins_with_any_encoder(scenes, classes3, tmp_path, capsys)
 
 
 @pytest.mark.parametrize("path, flags, words", [
+    (None, ["--cat_max_ratio=7"], "--cat_max_ratio 7.0 must be at most 1"),
     ("annotations/training", [], "there is no folder '{tmp}/data/annotations/training': segm"),
     ("images/validation", [], "there is no folder '{tmp}/data/images/validation'"),
     ("annotations/training/street/03.png", [], "1 images lack a mask of the same name in "
@@ -2720,6 +2721,13 @@ def test_a_misspelt_ablation_is_named(wrong):
         model.CIM("vit_d8", 64, 64, **wrong)
     with pytest.raises(ValueError, match="12 tokens are no square grid"):
         model.as_grid(torch.zeros(12, 3))
+
+
+def test_every_rule_is_about_a_field():
+    """The lists of what must be above 0, is bounded or may change name fields that exist."""
+    fields = {f.name for c in (pretrain.Config, finetune.Config, evaluate.Config)
+              for f in dataclasses.fields(c)}
+    assert {*pretrain.POSITIVE, *pretrain.FREE, *sum(pretrain.BOUNDS, ())} <= fields
 
 
 def test_every_command_of_the_readme_parses():
