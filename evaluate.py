@@ -463,7 +463,7 @@ def curves(cfg, machine):
                 for key, name in levels.items()}
         if flat and None not in flat.values():
             flat["ln 2, a coin"] = math.log(2)
-        if any(len(points) > 1 for points in lines.values()):
+        if any(lines.values()):
             panels.append(draw_panel(title, {n: p for n, p in lines.items() if p},
                                      {n: y for n, y in flat.items() if y is not None}))
     if machine.rank == 0:
@@ -495,7 +495,7 @@ def draw_panel(title, lines, levels, size=(640, 300)):
         x, y = max(xs) * k / 4, low + (high - low) * k / 4
         draw.line([at(0, y), at(max(xs), y)], "#e6e6e6")
         draw.text((left - 6, at(0, y)[1]), f"{y:.3g}", "#555555", font, anchor="rm")
-        draw.text((at(x, low)[0], bottom + 6), f"{x:.0f}", "#555555", font,
+        draw.text((at(x, low)[0], bottom + 6), f"{x:g}", "#555555", font,
                   anchor="lt" if k == 0 else "rt" if k == 4 else "mt")
     for colour, (name, y) in zip(("#888888", "#b0b0b0"), levels.items()):
         draw.line([at(0, y), at(max(xs), y)], colour, 2)
@@ -504,6 +504,8 @@ def draw_panel(title, lines, levels, size=(640, 300)):
     for colour, (name, points) in zip((crop.COLOURS[3], crop.COLOURS[0], crop.COLOURS[2]),
                                       lines.items()):
         draw.line([at(*p) for p in points], colour, 2, joint="curve")
+        x, y = at(*points[-1])
+        draw.ellipse([x - 2, y - 2, x + 2, y + 2], colour)
         draw.text((where, 6), name, colour, font, anchor="ra")
         where -= draw.textlength(name, font) + 16
     return sheet
@@ -536,8 +538,9 @@ def strip(looks, rows=6):
         if pictures:
             sheet = sheet.crop((0, sheet.height - row, sheet.width, sheet.height))
             ImageDraw.Draw(sheet).rectangle([0, 0, 3 * row, row], "white")  # over the context
-        ImageDraw.Draw(sheet).text((16, sheet.height - row // 2), f"step {steps[k]}",
-                                   "#333333" if pictures else "white", ImageFont.load_default(16))
+        ImageDraw.Draw(sheet).text(
+            (3 * row + crop.TILE * 3 // 4 - 4, sheet.height - row + crop.TILE // 2 + 16),
+            f"step {steps[k]}", "#333333", ImageFont.load_default(13), anchor="rm")
         pictures.append(sheet)
     return stack(pictures)
 
@@ -562,16 +565,18 @@ def main(argv=None):
     cfg = parse_config(Config, {}, argv, __doc__.split("\n")[0])
     machine = setup_machine(cfg.device, cfg.dtype, "false")
     with machine.first():
-        make_folder(folder_of(cfg))
+        if cfg.ckpt == "scratch" or os.path.isdir(os.path.dirname(cfg.ckpt) or "."):
+            make_folder(folder_of(cfg))
     began = time.perf_counter()
     result = BENCHES[cfg.bench](cfg, machine)
     if machine.rank > 0:
         return
     seconds = time.perf_counter() - began
-    report = dict(bench=cfg.bench, **result, seconds=seconds, ckpt=cfg.ckpt, data=cfg.data,
+    report = dict(bench=cfg.bench, **result, seconds=seconds, ckpt=cfg.ckpt,
                   use_target=cfg.use_target, processes=machine.world, dtype=machine.dtype)
     if "n" in result:
-        report["images_per_s"] = (result["n"] + result.get("bank", 0)) / seconds
+        images = result["n"] + result.get("bank", 0)
+        report |= dict(data=cfg.data, images_per_s=images / seconds)
     report = json.loads(json.dumps(report), parse_float=lambda x: round(float(x), 4))
     for name in result:
         if isinstance(report[name], (int, float)):

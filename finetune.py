@@ -887,7 +887,7 @@ def main(argv=None):
         best = max((r for r in read_log(cfg.out) if r[name] is not None), key=lambda r: r[name])
         print(f"done: {cfg.out} holds model.pt, log.jsonl and ckpt.pt; on {last['n']} validation "
               f"images {Journal.SHOWN[name].format(last[name])} (the best was {best[name]:.2f}% "
-              f"after epoch {best['epoch']:g})")
+              f"after epoch {best['epoch']:.2f})")
     journal.close()
 
 
