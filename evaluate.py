@@ -439,12 +439,11 @@ def map_report(table, machine):
 
 # ------------------------------------------------------------------------------------ 8. curves
 
-PANELS = [  # title, {columns of the log: their names}, {lines: heights, or a column}
-    ("loss, nats", {"loss": "training", "heldout_loss": "held-out", "val_loss": "validation"},
-     {"baseline": "the best that ignores the exemplar"}),
-    ("skill", {"skill": "held-out"}, {}),
-    ("accuracy, %", {"top1": "top-1", "top5": "top-5"}, {}),
-    ("IoU, %", {"miou": "mean IoU"}, {})]
+PANELS = {  # title: {column of the log: its name}
+    "loss, nats": {"loss": "training", "heldout_loss": "held-out", "val_loss": "validation"},
+    "skill": {"skill": "held-out"},
+    "accuracy, %": {"top1": "top-1", "top5": "top-5"},
+    "IoU, %": {"miou": "mean IoU"}}
 
 
 def curves(cfg, machine):
@@ -455,17 +454,16 @@ def curves(cfg, machine):
     if len(log) < 2:
         raise InputError(f"{folder!r} has no log.jsonl of two rows or more: --bench=curves takes "
                          "--ckpt=RUN/ckpt.pt of a training run")
+    baseline = next((row["baseline"] for row in log if row.get("baseline")), None)
+    levels = {"the best that ignores the exemplar": baseline, "ln 2, a coin": math.log(2)}
     panels = []
-    for title, columns, levels in PANELS:
+    for title, columns in PANELS.items():
         lines = {name: [(row["step"], row[key]) for row in log if row.get(key) is not None]
                  for key, name in columns.items()}
-        flat = {name: next((row[key] for row in log if row.get(key) is not None), None)
-                for key, name in levels.items()}
-        if flat and None not in flat.values():
-            flat["ln 2, a coin"] = math.log(2)
-        if any(lines.values()):
-            panels.append(draw_panel(title, {n: p for n, p in lines.items() if p},
-                                     {n: y for n, y in flat.items() if y is not None}))
+        lines = {name: points for name, points in lines.items() if points}
+        if lines:
+            panels.append(draw_panel(title, lines,
+                                     levels if baseline and "loss" in columns else {}))
     if machine.rank == 0:
         save_picture(os.path.join(folder_of(cfg), "curves.png"), stack(panels))
         looks = [path for path in sorted(glob.glob(os.path.join(glob.escape(folder), "maps",

@@ -535,22 +535,21 @@ class Scenes:
             if not os.path.isdir(place):
                 raise InputError(f"there is no folder {place!r}: segmentation needs images/training"
                                  " and images/validation in --data, and the same in annotations/")
-        images, masks = map(crop.find_images, places)
+        def stem(path):
+            return os.path.splitext(path)[0]
+
+        images, masks = crop.find_images(places[0]), {}
         if not images:
             raise InputError(f"no images in {places[0]!r}")
-        stems = [os.path.splitext(path)[0] for path in masks]
-        twice = [stem for stem, times in Counter(stems).items() if times > 1]
-        if twice:
-            raise InputError(f"{places[1]!r} has several masks by the name of {twice[0]!r}")
-        masks = dict(zip(stems, masks))
-        lone = [os.path.join(places[0], path) for path in images
-                if os.path.splitext(path)[0] not in masks]
+        for path in crop.find_images(places[1]):
+            if stem(path) in masks:
+                raise InputError(f"{places[1]!r} has several masks by the name of {stem(path)!r}")
+            masks[stem(path)] = os.path.join(places[1], path)
+        lone = [os.path.join(places[0], path) for path in images if stem(path) not in masks]
         if lone:
             raise InputError(f"{len(lone)} images lack a mask of the same name in {places[1]!r}: "
                              f"{', '.join(lone[:3])}{' ...' if len(lone) > 3 else ''}")
-        self.pairs = [(os.path.join(places[0], path),
-                       os.path.join(places[1], masks[os.path.splitext(path)[0]]))
-                      for path in images]
+        self.pairs = [(os.path.join(places[0], path), masks[stem(path)]) for path in images]
 
     def __len__(self):
         return len(self.pairs)
@@ -713,7 +712,8 @@ def look_at_pixels(cfg, val, rows, machine, model):
 def sliding_window(model, x, size):
     """Normalised images x [B, 3, h, w] -> logits [B, N, h, w]: the mean over windows of size x size
     two thirds of a window apart (341 of 512), the last ones flush with the border. Where x is
-    smaller than a window it is padded with the mean colour."""
+    smaller than a window it is padded with the mean colour. DEVIATION: mmsegmentation makes the
+    window smaller, which would leave no whole patches."""
     (h, w), stride = x.shape[2:], size * 2 // 3
     x = F.pad(x, (0, max(0, size - w), 0, max(0, size - h)))
     ys, xs = ([min(i * stride, n - size) for i in range(1 + math.ceil((n - size) / stride))]

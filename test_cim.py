@@ -1812,6 +1812,8 @@ def test_curves_show_the_log_and_how_the_maps_came_about(tmp_path):
     (["--bench=knn", "--ckpt=scratch"], "needs --model"),
     (["--bench=knn", "--ckpt=scratch", "--model=vit_d8", "--size=30"], "no whole patches of 8"),
     (["--bench=maps"], "takes the ckpt.pt of a pre-training run"),
+    (["--bench=maps", "--use_target"], "--use_target True has no meaning with --bench maps"),
+    (["--bench=knn", "--ckpt=/no/run/encoder.pt", "--out={tmp}/new"], "there is no file '/no/run"),
     (["--data=/no/folder"], "there is no folder '/no/folder'"),
     (["--data={tmp}/loose"], "has no images in class folders"),
     (["--bench=imagenet_r", "--data={tmp}/odd"], "1 classes that the 3 known ones lack: dog"),
@@ -1829,6 +1831,7 @@ def test_evaluation_that_cannot_work_is_named(flags, words, tmp_path):
     with pytest.raises(InputError, match=re.escape(words)):
         score(tmp_path, f"--ckpt={tmp_path / 'model.pt'}", f"--data={tmp_path / 'odd'}",
               *(flag.format(tmp=tmp_path) for flag in flags))
+    assert not (tmp_path / "new").exists()
 
 
 # ------------------------------------------------------------------------------ 9. segmentation
@@ -2158,6 +2161,39 @@ def test_segmentation_goes_on_bit_for_bit(scenes, tmp_path):
     assert a["classes"] == ["1", "2"] and a["config"]["task"] == "segment"
     with pytest.raises(InputError, match=r"differs in cat_max_ratio \(0.75 there, 0.5 here\)"):
         segment(tmp_path / "b", scenes, "--drop_path=0.5", "--cat_max_ratio=0.5")
+
+
+def test_masks_that_would_be_misread_are_refused(tmp_path):
+    """Label 255, which others write for "unlabelled", and two masks of one name; two images of one
+    name share its mask."""
+    for split in "training", "validation":
+        for kind in "images", "annotations":
+            (tmp_path / kind / split).mkdir(parents=True)
+        for name in "a.jpg", "a.png":
+            Image.new("RGB", (5, 7)).save(tmp_path / "images" / split / name)
+        Image.new("L", (5, 7), 255).save(tmp_path / "annotations" / split / "a.png")
+    assert len(finetune.Scenes(str(tmp_path), "training")) == 2
+    with pytest.raises(InputError, match="has label 255, which often means 'unlabelled'"):
+        finetune.open_scenes(str(tmp_path), ["training"], None, CPU)
+    names = [str(k) for k in range(255)]
+    assert finetune.open_scenes(str(tmp_path), ["training"], names, CPU)[1] == names
+    Image.new("L", (5, 7), 1).save(tmp_path / "annotations" / "training" / "a.bmp")
+    with pytest.raises(InputError, match="has several masks by the name of 'a'"):
+        finetune.open_scenes(str(tmp_path), ["training"], None, CPU)
+
+
+@pytest.mark.parametrize("classes", [3, 16, 40])
+def test_each_pixel_gets_the_class_of_the_largest_logit(classes):
+    """However many classes there are, at the image's own size."""
+    logits = rand(1, classes, 8, 8).float()
+
+    class Net(nn.Module):
+        def forward(self, x):
+            return logits
+
+    got = finetune.predict_labels(Net(), torch.zeros(3, 20, 20).byte(), 8, CPU)
+    expected = F.interpolate(logits, (20, 20), mode="bilinear").argmax(1)[0]
+    assert torch.equal(got, expected)
 
 
 def test_two_processes_segment(scenes, tmp_path):
