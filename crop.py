@@ -419,7 +419,7 @@ def contact_sheet(context, exemplars, maps, theta, logits=None, tile=TILE):
 # source.classes, the names, and source.labels, the number of each image's class.
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-FORMATS = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # theirs, by Pillow's names
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # theirs, by Pillow's names
 BUILT_IN = ("shapes", "imagenette", "cifar10", "stl10", "none")
 DOWNLOADS = "data"  # the folder that torchvision's data sets are downloaded to
 

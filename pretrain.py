@@ -621,7 +621,10 @@ class Machine:
         """Let process 0 do something, a download perhaps, before the others. If it fails there, the
         others never begin, so that an error is printed once; torchrun ends them."""
         if self.rank > 0:
-            self.max(0)
+            try:
+                self.max(0)
+            except RuntimeError:  # process 0 has ended, and has printed why
+                sys.exit(1)
         yield
         if self.rank == 0:
             self.max(0)
