@@ -51,8 +51,7 @@ def largest_area(ratio, rotation):
     """The area r0 of the largest box that fits the context at every aspect and angle allowed.
 
     ratio: (low, high) of r1; rotation: degrees. With q the ratio furthest from 1 the worst angle is
-    atan(1/q), which leaves q / (1 + q^2): 0.5 for squares, 0.300 at q = 3, 0.235 at q = 4.
-    """
+    atan(1/q), which leaves q / (1 + q^2): 0.5 for squares, 0.300 at q = 3, 0.235 at q = 4."""
     q = max(ratio[1], 1 / ratio[0])
     a = min(math.radians(rotation), math.atan(1 / q))
     return 1 / (math.sqrt(q) * math.cos(a) + math.sin(a) / math.sqrt(q)) ** 2
@@ -84,8 +83,7 @@ def sample_boxes(u, scale=(0.05, 1.0), ratio=(1 / 3, 3.0), rotation=45.0, flip=0
     Angle and r1 are drawn first, then r0 uniformly up to the largest box that fits at that angle
     and r1, then a centre among those that keep the box inside. This is a closed form, so nothing
     is drawn again. DEVIATION: the paper's r0 in (0, 1) starts at 0.05 here. Raises InputError where
-    no such boxes exist.
-    """
+    no such boxes exist."""
     check_crops(scale, ratio, rotation)
     low, high = math.log(ratio[0]), math.log(ratio[1])
     r1 = torch.exp(low + (high - low) * u[..., 1])
@@ -120,8 +118,7 @@ def crop_exemplars(context, theta, size):
     s x s bilinear samples, s = ceil(m / size / 1.25): even in the largest box the samples lie at
     most 1.4 context pixels apart. At 160 -> 64 this differs from exact area averaging by 1 to 2 of
     255 levels on photographs (root mean square; a single sample: about 3). The K grids of a context
-    are stacked along their height, so that no context is copied. Nothing is normalised here.
-    """
+    are stacked along their height, so that no context is copied. Nothing is normalised here."""
     B, K, m = *theta.shape[:2], context.shape[-1]
     s = math.ceil(m / size / 1.25)
     grid = F.affine_grid(theta.flatten(0, 1), [B * K, 3, s * size, s * size], align_corners=False)
@@ -135,8 +132,7 @@ def rasterize_maps(theta, size):
     """theta [B, K, 2, 3] -> maps [B, K, size, size]: 1 where a pixel's centre lies in the box.
 
     The inverse affine grid takes each pixel centre of the context to exemplar coordinates, where
-    the box is the square [-1, 1] x [-1, 1].
-    """
+    the box is the square [-1, 1] x [-1, 1]."""
     (a, b, x), (c, d, y) = (row.unbind(-1) for row in theta.unbind(-2))
     determinant = a * d - b * c
     inverse = torch.stack([
@@ -187,8 +183,7 @@ def transform(x, u, jitter=0.8, gray=0.2, blur=0.5, solarize=0.2):
     jitter: brightness, contrast, saturation by up to 0.4, 0.4, 0.2 and hue by 0.1 of a turn; gray;
     blur with sigma 0.1 to 2 pixels; solarize: invert what is brighter than 0.5. Each argument is
     the probability of one; 0 turns it off. The mirror of Table 1d is the flip of sample_boxes.
-    DEVIATION: the four jitters are applied in this order, where torchvision shuffles them.
-    """
+    DEVIATION: the four jitters are applied in this order, where torchvision shuffles them."""
     (jitters, brightness, contrast, saturation, hue, grays, blurs, sigma,
      solarizes) = (v[..., None, None, None] for v in u.unbind(-1))
     if jitter > 0:
@@ -220,8 +215,7 @@ def make_pairs(context, u, exemplar_size=64, scale=(0.05, 1.0), ratio=(1 / 3, 3.
 
     Row k < K of u makes exemplar k; row K transforms the context where transforms says so:
     'context', 'exemplar', 'both' or 'none' (Table 1d). Exemplars are cut before the context is
-    recoloured. Images come back normalised.
-    """
+    recoloured. Images come back normalised."""
     context = context.float() / 255
     theta = affine_from_boxes(sample_boxes(u[:, :-1, :6], scale, ratio, rotation, flip))
     exemplars = crop_exemplars(context, theta, exemplar_size)
@@ -266,8 +260,7 @@ def cut_box(image, choose, size):
 
     A JPEG is decoded at the smallest of 1, 1/2, 1/4, 1/8 of its size that still has `size` pixels
     in the part (Pillow's draft), which costs little. PyTorch resizes bytes three times as fast as
-    Pillow does, and the values differ by two of 255 levels at most.
-    """
+    Pillow does, and the values differ by two of 255 levels at most."""
     orientation = image.getexif().get(0x0112, 1)
     width, height = image.size
     if 5 <= orientation <= 8:  # the photo is stored lying on its side
@@ -318,8 +311,7 @@ class Samples(torch.utils.data.Dataset):
     image's number in the source. rng is seeded by (seed, epoch, i) alone.
 
     An image that cannot be read is named in a warning and the next one takes its part; ten of them
-    in a row are an InputError. With replace=False, for evaluation, its sample is None instead.
-    """
+    in a row are an InputError. With replace=False, for evaluation, its sample is None instead."""
 
     def __init__(self, source, indices, seed, cut, replace=True):
         self.source, self.indices, self.seed, self.cut = source, indices, seed, cut
@@ -379,8 +371,7 @@ def contact_sheet(context, exemplars, maps, theta, logits=None, tile=TILE):
 
     context [B, 3, m, m], exemplars [B, K, 3, n, n], maps and logits [B, K, m, m], theta
     [B, K, 2, 3], on the CPU -> PIL image, one band for each of the B contexts. The side of a box
-    that is the top of its exemplar is drawn thick.
-    """
+    that is the top of its exemplar is drawn thick."""
     rows = ["exemplars", "maps"] + ([] if logits is None else ["predicted"])
     gap, margin = tile // 12, tile * 3 // 4
     big = len(rows) * (tile + gap) - gap  # the side of the context's picture
@@ -434,8 +425,7 @@ def find_images(root):
     """Paths of the image files below `root` at any depth, relative to it, sorted.
 
     Links are followed, and each real folder is visited once, so that loops end. Raises InputError
-    where a folder cannot be read.
-    """
+    where a folder cannot be read."""
     def complain(error):
         raise InputError(f"cannot look into the folder {error.filename!r}: {error.strerror}")
 
@@ -508,8 +498,7 @@ class Pictures:
 class Shapes:
     """Generated scenes: a textured background, small shapes, and one main shape, the class.
 
-    Scene i of a split is a function of (split, i) alone; train and val share no scene.
-    """
+    Scene i of a split is a function of (split, i) alone; train and val share no scene."""
 
     SIDE = 96  # pixels
     SIZES = {"train": 4_800, "val": 800}
@@ -590,8 +579,7 @@ def open_images(data, split, classes=None):
     """The source for `data`, a folder or one of BUILT_IN, and a split, 'train' or 'val'.
 
     A folder is read as it is, whatever the split: its caller knows where train/ and val/ are.
-    Raises InputError: no such folder, no images, a class list that does not fit, no download.
-    """
+    Raises InputError: no such folder, no images, a class list that does not fit, no download."""
     from torchvision import datasets
     if data not in BUILT_IN:
         return Folder(data, classes)
@@ -620,8 +608,7 @@ def open_images(data, split, classes=None):
 def train_and_val(data, seed, classes=None, held_out=256):
     """Images to train on and at most `held_out` fixed ones (None: no limit) to measure on.
 
-    Returns ((source, indices), (source, indices), a sentence that says what was chosen).
-    """
+    Returns ((source, indices), (source, indices), a sentence that says what was chosen)."""
     def part(split):
         return data if data in BUILT_IN else os.path.join(data, split)
 

@@ -107,8 +107,7 @@ def load_model(cfg, machine):
     centre crop) that it was validated at; the top-1 that it reached there).
 
     miou takes a segmenter; knn any encoder, with a head or not, whose features without one are its
-    own tokens, pooled; all others a classifier. Raises InputError when the file is none of that.
-    """
+    own tokens, pooled; all others a classifier. Raises InputError when the file is none of that."""
     torch.manual_seed(cfg.seed)
     name, state, saved = cfg.model, {}, {}
     if cfg.ckpt != "scratch":

@@ -202,8 +202,7 @@ class RandAugment(v2.RandAugment):
     N(magnitude, std) on a scale of 0 to 10.
 
     DEVIATION: the operations are torchvision's. timm has Invert and SolarizeAdd besides, and no
-    Identity; it takes bilinear or bicubic interpolation at random, here it is bilinear.
-    """
+    Identity; it takes bilinear or bicubic interpolation at random, here it is bilinear."""
 
     def __init__(self, magnitude, std, p):
         super().__init__(num_ops=1, num_magnitude_bins=1001,  # hundredths of a magnitude
@@ -332,8 +331,7 @@ def accuracy(model, images, labels, machine, among=None, attack=None):
 
     Exact for any number of processes: each image counts once, nothing is padded. among: predict
     only these classes, which the labels then number. attack(model, images, labels, numbers) ->
-    images, all in [0, 1], comes first. Raises InputError where no image could be read.
-    """
+    images, all in [0, 1], comes first. Raises InputError where no image could be read."""
     machine.share_buffers(model)
     sums = torch.zeros(4, device=machine.device)  # counts are exact up to 2^24
     for x, numbers in images:
@@ -480,8 +478,7 @@ def read_weights(path, use_target=False):
 
     path: our encoder.pt, ckpt.pt or model.pt, timm's ViT, torchvision's ResNet-50, or the released
     CIM weights. use_target: the moving average of a pre-training checkpoint instead of the online
-    encoder. Raises InputError when the file is something else.
-    """
+    encoder. Raises InputError when the file is something else."""
     if not os.path.exists(path):
         raise InputError(f"there is no file {path!r}: wanted is the encoder.pt that pretrain.py "
                          "writes, another file of weights, or the word scratch")
@@ -531,8 +528,7 @@ def load_weights(model, state, path, head=False):
     -> a sentence: what is new, what was left out.
 
     Nothing is loaded in part: raises InputError for any missing weight but the head's, for any
-    surplus one but those of other heads and of pre-training, and for shapes that differ.
-    """
+    surplus one but those of other heads and of pre-training, and for shapes that differ."""
     wanted, mine = model.names(), model.state_dict()  # {name here: published name}, {name: tensor}
     new = {theirs for name, theirs in wanted.items() if not head and not name.startswith("encoder.")
            and not (name.startswith("fc_norm.") and theirs in state)}
@@ -606,8 +602,7 @@ class Scenes:
     (image, mask).
 
     Both are read as they are stored, since masks are drawn on that: no EXIF orientation. Raises
-    InputError: a missing folder, no images, images without a mask.
-    """
+    InputError: a missing folder, no images, images without a mask."""
 
     def __init__(self, root, split):
         images, masks = folders = [os.path.join(root, kind, split)
@@ -668,7 +663,8 @@ def open_scenes(data, splits, classes):
         largest, path = max(label for source in sources for label in
                             pool.map(source.largest_label, range(len(source))))
     if not largest:
-        raise InputError(f"no mask of {data!r} has a class: 0 is ignored, 1 to N count")
+        raise InputError(f"no mask of {data!r} can be read and has a class: 0 is ignored, 1 to N "
+                         "count")
     if not classes and largest == 255:
         raise InputError(f"{path!r} has label 255, which often means 'unlabelled'; here that is 0. "
                          "Write 0 in its place, or name 255 --classes")
@@ -710,8 +706,7 @@ def cut_scene(pair, rng, cfg):
     The shorter side is brought to size times a random factor from cfg.scale. Of ten positions the
     first is chosen where no class has more than cfg.cat_max_ratio of the labelled pixels. Outside
     the image there is the mean colour, and label 0. DEVIATION: resized with antialiasing, as Pillow
-    does it, where mmsegmentation has OpenCV.
-    """
+    does it, where mmsegmentation has OpenCV."""
     image, mask = pair
     width, height = rescaled_size(*image.size, cfg.image_size * rng.uniform(*cfg.scale))
     w, h = min(width, cfg.image_size), min(height, cfg.image_size)

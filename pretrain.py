@@ -225,8 +225,7 @@ def micro_batches(cfg, plan, rank, steps, repeats=1):
     An epoch is a permutation of the images; step s takes its s-th slice of batch_size, each process
     its part of the slice. With repeated augmentation each image comes `repeats` times in a step (at
     the border of a batch its repeats can fall into two steps), each time cropped as in another
-    epoch, and an epoch shows 1 / repeats of the images.
-    """
+    epoch, and an epoch shows 1 / repeats of the images."""
     share, shuffled = plan.micro * plan.accumulate, None
     for step in steps:
         epoch, step_of_epoch = divmod(step, plan.per_epoch)
@@ -333,8 +332,7 @@ class HeldOut:
     every exemplar. 0: no better than that; 1: perfect. skill_swapped is its control: with the
     exemplars of another image it is negative where the model is confident, and wrong. rank: the
     effective rank of the exemplars' features, near 1 when they collapse. The loss is cross-entropy
-    whatever the model was trained with, so skill does not compare the losses of Table 3.
-    """
+    whatever the model was trained with, so skill does not compare the losses of Table 3."""
 
     MEASURES = ("baseline", "skill", "skill_swapped", "heldout_loss", "rank")
 
@@ -508,8 +506,7 @@ def parse_config(Config, presets, argv=None, description=None):
 
     `--name value` and `--name=value` both work; pairs take two numbers, `--ratio 1/3 3` or
     `--ratio=1/3,3`; a switch takes true or false. Exits with status 2 and one sentence on a wrong
-    name, type or bound; raises InputError for values that cannot work together.
-    """
+    name, type or bound; raises InputError for values that cannot work together."""
     notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(
         allow_abbrev=False, argument_default=argparse.SUPPRESS, description=description,
@@ -671,8 +668,13 @@ def setup_machine(device="auto", dtype="auto", compile="auto"):
     device = torch.device(device, index)
     if world > 1:  # one group for tensors on the CPU and on GPUs
         cuda = device.type == "cuda"
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo",
-                                timeout=timedelta(minutes=30), device_id=device if cuda else None)
+        # torchrun's store outlives a restart, and with it the addresses of dead processes.
+        store, *_ = next(dist.rendezvous("env://"))
+        if os.environ.get("GROUP_WORLD_SIZE") == "1":  # nodes count restarts each for itself
+            store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
+                                world_size=world, timeout=timedelta(minutes=30),
+                                device_id=device if cuda else None)
     return Machine(device, rank, world, dtype,
                    device.type == "cuda" if compile == "auto" else compile == "true")
 
@@ -832,8 +834,7 @@ def begin_run(cfg, machine, plan, model, optimizer, saved):
     folder. -> the number of steps done.
 
     Raises InputError naming the fields in which the checkpoint's config differs from cfg, FREE ones
-    excepted; when another run is at work in the folder; when it cannot be written.
-    """
+    excepted; when another run is at work in the folder; when it cannot be written."""
     if saved:
         path = os.path.join(cfg.out, "ckpt.pt")
         theirs = plain(type(cfg)())  # what a field was before an older checkpoint had it
