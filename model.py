@@ -4,7 +4,7 @@ In reading order. The method:
 
     1. positions      the fixed 2-D sin-cos table
     2. ViT            attention, block, encoder; parameters are named as in timm
-    3. ResNet         the encoder; parameters are named as in torchvision
+    3. ResNet         bottleneck, encoder; parameters are named as in torchvision
     4. build_encoder  an encoder by its name
     5. decoder        cross-attention between context and exemplars               (Eqs. 4 to 6)
     6. CIM            online and target encoder, decoder, loss            (Figure 2, Eqs. 2, 3, 7)
@@ -145,6 +145,30 @@ def init_linear(module):
 
 # ------------------------------------------------------------------------------------ 3. ResNet
 
+class Bottleneck(nn.Module):
+    """1x1, 3x3 (with the stride), 1x1 convolutions and a shortcut; four times as wide outside."""
+
+    def __init__(self, inside, width, stride=1):
+        super().__init__()
+        outside = 4 * width
+        self.conv1 = nn.Conv2d(inside, width, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(width)
+        self.conv3 = nn.Conv2d(width, outside, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(outside)
+        self.downsample = None
+        if stride > 1 or inside != outside:
+            self.downsample = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False),
+                                            nn.BatchNorm2d(outside))
+
+    def forward(self, x):
+        y = F.relu(self.bn1(self.conv1(x)))
+        y = F.relu(self.bn2(self.conv2(y)))
+        y = self.bn3(self.conv3(y))
+        return F.relu(y + (x if self.downsample is None else self.downsample(x)))
+
+
 class ResNet50(nn.Module):
     """Images [B, 3, h, w] -> tokens [B, N, 2048], row by row over the grid of stride 32. State-dict
     keys are those of torchvision's resnet50, without `fc`."""
@@ -153,18 +177,15 @@ class ResNet50(nn.Module):
 
     def __init__(self):
         super().__init__()
-        from torchvision.models.resnet import Bottleneck  # here, as it takes 2 seconds to import
         self.conv1 = nn.Conv2d(3, 64, 7, 2, 3, bias=False)
         self.bn1 = nn.BatchNorm2d(64)
         inside = 64
         for k, (width, depth) in enumerate([(64, 3), (128, 4), (256, 6), (512, 3)]):
-            stride, outside = 2 if k > 0 else 1, 4 * width
-            shortcut = nn.Sequential(nn.Conv2d(inside, outside, 1, stride, bias=False),
-                                     nn.BatchNorm2d(outside))
-            layer = nn.Sequential(Bottleneck(inside, width, stride, shortcut))  # 1x1, 3x3, 1x1
-            layer.extend(Bottleneck(outside, width) for _ in range(depth - 1))
+            layer = nn.Sequential()
+            for i in range(depth):
+                layer.append(Bottleneck(inside, width, stride=2 if k > 0 and i == 0 else 1))
+                inside = 4 * width
             self.add_module(f"layer{k + 1}", layer)
-            inside = outside
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
