@@ -332,12 +332,12 @@ class Samples(torch.utils.data.Dataset):
                 name = self.source.name(j)
                 if name not in self.named:
                     self.named.add(name)
-                    print(f"warning: cannot read {name!r} ({str(error) or type(error).__name__}); "
+                    print(f"warning: cannot read {name!r} ({type(error).__name__}: {error}); "
                           + ("the next image replaces it" if self.replace else "it is left out"),
                           file=sys.stderr, flush=True)
         if self.replace:
             raise InputError(f"{k + 1} images in a row cannot be read, the last one is {name!r}: "
-                             "repair or remove them")
+                             "repair or remove them, if the warnings are not about your code")
 
 
 def collate(samples):

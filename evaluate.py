@@ -108,31 +108,33 @@ def load_model(cfg, machine):
 
     miou takes a segmenter; knn any encoder, with a head or not, whose features without one are its
     own tokens, pooled; all others a classifier. Raises InputError when the file is none of that."""
-    torch.manual_seed(cfg.seed)
-    name, state, saved = cfg.model, {}, {}
-    if cfg.ckpt != "scratch":
-        name, state, saved = read_weights(cfg.ckpt, cfg.use_target)
-        if cfg.model not in ("auto", name):
-            raise InputError(f"{cfg.ckpt!r} holds {name}, not {cfg.model}; leave out --model")
-    elif name == "auto" or cfg.use_target:
-        raise InputError("--ckpt=scratch needs --model, and has no target")
-    classes = saved.get("classes")  # of a model.pt
-    recipe = saved["config"] if classes else {}
-    kind = ("encoder" if not classes else
-            "segmenter" if recipe["recipe"] == "segment" else "classifier")
-    fitting = {"miou": ["segmenter"], "knn": ["encoder", "classifier"]}
-    if kind not in fitting.get(cfg.bench, ["classifier"]):
-        raise InputError(f"{cfg.ckpt!r} holds {name} as a {kind}: --bench={cfg.bench} takes a "
-                         f"{' or '.join(fitting.get(cfg.bench, ['classifier']))}, as finetune.py "
-                         "writes it to model.pt")
-    view = cfg.size or recipe.get("test_size", 224), cfg.test_crop or recipe.get("test_crop", 0.95)
-    check_size(name, view[0])
-    if kind == "segmenter":
-        model = Segmenter(name, len(classes), width=recipe["head_width"])
-    else:
-        model = Classifier(name, len(classes or "1"), probe=recipe.get("frozen", True))
-    if state:
-        load_weights(model, state, cfg.ckpt, head=bool(classes))
+    with machine.first():
+        torch.manual_seed(cfg.seed)
+        name, state, saved = cfg.model, {}, {}
+        if cfg.ckpt != "scratch":
+            name, state, saved = read_weights(cfg.ckpt, cfg.use_target)
+            if cfg.model not in ("auto", name):
+                raise InputError(f"{cfg.ckpt!r} holds {name}, not {cfg.model}; leave out --model")
+        elif name == "auto" or cfg.use_target:
+            raise InputError("--ckpt=scratch needs --model, and has no target")
+        classes = saved.get("classes")  # of a model.pt
+        recipe = saved["config"] if classes else {}
+        kind = ("encoder" if not classes else
+                "segmenter" if recipe["recipe"] == "segment" else "classifier")
+        fitting = {"miou": ["segmenter"], "knn": ["encoder", "classifier"]}
+        fitting = fitting.get(cfg.bench, ["classifier"])
+        if kind not in fitting:
+            raise InputError(f"{cfg.ckpt!r} holds {name} as a {kind}: --bench={cfg.bench} takes a "
+                             f"{' or '.join(fitting)}, as finetune.py writes it to model.pt")
+        view = (cfg.size or recipe.get("test_size", 224),
+                cfg.test_crop or recipe.get("test_crop", 0.95))
+        check_size(name, view[0])
+        if kind == "segmenter":
+            model = Segmenter(name, len(classes), width=recipe["head_width"])
+        else:
+            model = Classifier(name, len(classes or "1"), probe=recipe.get("frozen", True))
+        if state:
+            load_weights(model, state, cfg.ckpt, head=bool(classes))
     return model.to(machine.device).eval(), classes, view, saved.get("top1")
 
 

@@ -48,7 +48,7 @@ from pretrain import (Clock, Count, Decay, Pair, Positive, Real, Share, Switch, 
                       accelerate, begin_run, bench_report, catch_signals, check_finite,
                       check_same_start, count_gflop, describe, learning_rate, load_checkpoint,
                       make_loader, make_plan, measuring, micro_batches, number, parameter_groups,
-                      parse_config, plain, plain_time, read_log, run, save_checkpoint, save_file,
+                      parse_config, plain, plain_time, run, save_checkpoint, save_file,
                       set_learning_rate, setup_machine, stop_early, write_row)
 
 
@@ -62,7 +62,7 @@ Part = number(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
 class Config:
     """The paper's recipe for ViT-B/16, Table 10. A field's type parses its flag, its comment is the
     flag's line in --help. Fields marked `segment` are read by that recipe alone; it does not read
-    those from test_crop to repeats, nor loss, smoothing, bce_threshold and frozen."""
+    those from test_crop to cutmix, nor loss, smoothing, bce_threshold and frozen."""
 
     recipe: Literal["vit_b", "vit_s", "resnet50_100", "resnet50_300", "linear", "segment",
                     "demo"] = "vit_b"  # values for the fields; flags win
@@ -413,6 +413,7 @@ def main(argv=None):
     clock = Clock(start)
     signals = [] if cfg.bench else catch_signals()
     broken = machine.send(torch.tensor(0))  # the first step whose gradient was not finite
+    row = saved["row"] if saved else None  # the last one of the log
     model.train()
     for step in range(start, plan.stop):
         lr = learning_rate(step, plan.total, plan.peak, plan.warmup, cfg.schedule)
@@ -448,7 +449,7 @@ def main(argv=None):
             row |= measure() if evaluates else dict.fromkeys(measures)
             write_row(cfg, machine, plan, row)
         if saves:
-            save_checkpoint(cfg, machine, plan, clock, done, model, optimizer)
+            save_checkpoint(cfg, machine, plan, clock, row, done, model, optimizer)
         if logs:
             clock.restart(done)
         if asked and not last:
@@ -459,10 +460,9 @@ def main(argv=None):
                             (3, cfg.image_size, cfg.image_size))
         bench_report("finetune", cfg, machine, clock, gflop)
     elif machine.rank == 0:
-        path, done = os.path.join(cfg.out, "model.pt"), max(start, plan.stop)
-        scores = [row[measures[0]] for row in read_log(cfg.out) if row["step"] == done]
-        save_model(path, model, cfg, train.classes, **{measures[0]: scores[0] if scores else None})
-        print(f"finished after {done} steps; {path} holds the model of the last one")
+        path = os.path.join(cfg.out, "model.pt")
+        save_model(path, model, cfg, train.classes, **{measures[0]: row[measures[0]]})
+        print(f"finished after {max(start, plan.stop)} steps; {path} holds the model")
 
 
 # ----------------------------------------------------------------------------------- 6. weights
@@ -495,7 +495,7 @@ def read_weights(path, use_target=False):
         raise InputError(f"{path!r} is not a state dict, nor a checkpoint with one")
     state = {k.removeprefix("module.").removeprefix("encoder."): v for k, v in state.items()}
     ours, released = ([k for k in state if k.startswith(p)] for p in ("target.", "blocks_c."))
-    recipe = saved.get("config") or {}
+    recipe = saved["config"] if isinstance(saved.get("config"), dict) else {}
     alone = recipe.get("bootstrap") == "shared" or recipe.get("decoder", "cim") != "cim"
     if use_target and (alone or not ours and not released):
         raise InputError(f"{path!r} holds no target: --use_target takes a pre-training checkpoint")

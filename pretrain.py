@@ -348,7 +348,7 @@ class HeldOut:
         self.mean_map = mean_map(cfg, machine)
 
     def evaluate(self, cim):
-        """-> a dict of MEASURES, the same on every process."""
+        """-> a dict of MEASURES. Every process does the same; the log has those of process 0."""
         losses, features, n = 0, [], len(self.contexts)
         for rows in torch.arange(n).tensor_split(max(1, n // 8)):
             context, exemplars, maps, _ = make_pairs(self.contexts[rows], self.u[rows], self.cfg)
@@ -420,10 +420,10 @@ def main(argv=None):
         (source, indices), validation, sentence = crop.train_and_val(
             cfg.data, cfg.seed, crop.read_classes(cfg.classes))
         plan = make_plan(cfg, machine, len(indices))
+        held_out = HeldOut(*validation, cfg, machine)
         cim, optimizer = build(cfg, machine)
         saved = None if cfg.bench else load_checkpoint(os.path.join(cfg.out, "ckpt.pt"))
         start = begin_run(cfg, machine, plan, cim, optimizer, saved)
-        held_out = HeldOut(*validation, cfg, machine)
     check_same_start(start, cfg, machine)
     describe(cfg, machine, plan, start, sentence,
              f"{cfg.model}, {cfg.exemplars} exemplars of each context")
@@ -436,6 +436,7 @@ def main(argv=None):
     clock = Clock(start)
     signals = [] if cfg.bench else catch_signals()
     broken = machine.send(torch.tensor(0))  # the first step whose gradient was not finite
+    row = saved["row"] if saved else None  # the last one of the log
     cim.train()
     for step in range(start, plan.stop):
         lr = learning_rate(step, plan.total, plan.peak, plan.warmup)
@@ -481,7 +482,7 @@ def main(argv=None):
         if evaluates and machine.rank == 0:
             held_out.paint(cim, done)
         if saves:
-            save_checkpoint(cfg, machine, plan, clock, done, cim, optimizer)
+            save_checkpoint(cfg, machine, plan, clock, row, done, cim, optimizer)
         if logs:
             clock.restart(done)
         if asked and not last:
@@ -493,8 +494,8 @@ def main(argv=None):
         path = os.path.join(cfg.out, "encoder.pt")
         weights = {k: v.cpu() for k, v in cim.online.state_dict().items()}
         save_file(path, lambda f: torch.save(weights, f))
-        print(f"finished after {max(start, plan.stop)} steps; {path} holds the encoder, and "
-              f"{os.path.join(cfg.out, 'maps.png')} shows what it predicts")
+        print(f"finished after {max(start, plan.stop)} steps; {path} holds the encoder; log.jsonl "
+              "and maps.png beside it hold what was measured")
 
 
 # =========================================================== what the three scripts share: plumbing
@@ -507,7 +508,7 @@ def parse_config(Config, presets, argv=None, description=None):
     `--name value` and `--name=value` both work; pairs take two numbers, `--ratio 1/3 3` or
     `--ratio=1/3,3`; a switch takes true or false. Exits with status 2 and one sentence on a wrong
     name, type or bound; raises InputError for values that cannot work together."""
-    notes = dict(re.findall(r"^    (\w+): .*?  # (.*)$", inspect.getsource(Config), re.M))
+    notes = dict(re.findall(r"^    (\w+): [^#]*?  # (.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(
         allow_abbrev=False, argument_default=argparse.SUPPRESS, description=description,
         usage="%(prog)s [--flag VALUE ...]; --help lists the flags")
@@ -588,7 +589,7 @@ class Machine:
         """A CPU tensor to the device; from pinned memory, so that CUDA does not make us wait."""
         if self.device.type == "cuda" and not tensor.is_pinned():
             tensor = tensor.pin_memory()
-        return tensor.to(self.device, non_blocking=True)
+        return tensor.to(self.device, non_blocking=self.device.type == "cuda")
 
     def accumulating(self, model, last):
         """Gradients of the processes meet at the last micro-batch of a step only."""
@@ -658,8 +659,9 @@ def setup_machine(device="auto", dtype="auto", compile="auto"):
         native = any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
     elif device == "cuda":
         index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        if index >= count:
-            raise InputError(f"{index + 1} processes on {count} GPUs: start at most "
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if local > count:
+            raise InputError(f"{local} processes on {count} GPUs: start at most "
                              f"--nproc_per_node={count}")
         torch.cuda.set_device(index)
         native = torch.cuda.get_device_capability() >= (8, 0)
@@ -802,11 +804,12 @@ def plain(cfg):
     return json.loads(json.dumps(dataclasses.asdict(cfg)))
 
 
-def save_checkpoint(cfg, machine, plan, clock, done, model, optimizer):
-    """Write ckpt.pt after step `done`: tensors and plain types only, all that going on needs."""
+def save_checkpoint(cfg, machine, plan, clock, row, done, model, optimizer):
+    """Write ckpt.pt after step `done`: tensors and plain types only, all that going on needs. row:
+    the last one of the log."""
     if machine.rank == 0:
         state = dict(step=done, config=plain(cfg) | {"dtype": machine.dtype}, images=plan.images,
-                     log_bytes=os.path.getsize(os.path.join(cfg.out, "log.jsonl")),
+                     log_bytes=os.path.getsize(os.path.join(cfg.out, "log.jsonl")), row=row,
                      model=model.state_dict(), optimizer=optimizer.state_dict())
         save_file(os.path.join(cfg.out, "ckpt.pt"), lambda f: torch.save(state, f))
     clock.saved_at = time.perf_counter()
@@ -819,8 +822,10 @@ def load_checkpoint(path):
         return None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"step", "config", "images", "log_bytes", "model", "optimizer"} - saved.keys()
+        missing = {"step", "config", "images", "log_bytes", "row", "model",
+                   "optimizer"} - saved.keys()
         problem = f"it lacks {', '.join(sorted(missing))}" if missing else None
+        dict(saved.get("config", {}))  # an error where it is something else
     except Exception as error:  # torch.load raises many kinds on files that are none
         problem = type(error).__name__
     if problem:
@@ -891,7 +896,9 @@ def check_same_start(start, cfg, machine):
 
 def check_finite(broken, lr, machine):
     """Raise InputError where a gradient was not finite; broken: the first such step, or 0."""
-    if int(broken) and machine.rank == 0:
+    if int(broken) and machine.rank > 0:
+        sys.exit(1)  # process 0 says it
+    if int(broken):
         raise InputError(f"the loss or its gradient is not finite at step {int(broken)} (learning "
                          f"rate {lr:.3g}); ckpt.pt, if there is one, is of a step before. Try a "
                          "lower --lr and another --out")
@@ -909,6 +916,8 @@ def write_row(cfg, machine, plan, row):
     try:
         with open(os.path.join(cfg.out, "log.jsonl"), "a") as f:
             f.write(json.dumps(row) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
     except OSError as error:
         raise InputError(f"step {row['step']}: cannot write log.jsonl: {error}") from error
     shown = "".join(text.format(row[name]) + "  " for name, text in SHOWN.items()
@@ -917,12 +926,6 @@ def write_row(cfg, machine, plan, row):
     print(f"step {row['step']}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  {shown}"
           f"lr {row['lr']:.2e}  {row['images_per_s']:.0f} images/s  waiting for data "
           f"{row['data_wait']:.0%}  {plain_time(left)} left", flush=True)
-
-
-def read_log(folder):
-    """The rows of log.jsonl."""
-    with open(os.path.join(folder, "log.jsonl")) as f:
-        return [json.loads(line) for line in f]
 
 
 def plain_time(seconds):

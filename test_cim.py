@@ -92,10 +92,16 @@ def torchrun(*words):
     return result.stdout.splitlines()[-1]
 
 
+def read_log(out):
+    """The rows of log.jsonl."""
+    with open(os.path.join(out, "log.jsonl")) as f:
+        return [json.loads(line) for line in f]
+
+
 def demo(out, *flags):
     """Pre-train in this process; -> the rows of the log."""
     pretrain.main([*TINY, f"--out={out}", *flags])
-    return pretrain.read_log(out)
+    return read_log(out)
 
 
 def encoder_of(out):
@@ -106,7 +112,7 @@ def tune(out, data, *flags):
     """Fine-tune a small ViT from scratch in this process; -> the rows of the log."""
     finetune.main(["--recipe=demo", *PLAIN, "--log_every=1", "--image_size=32", "--test_size=32",
                    "--batch_size=8", "--init=scratch", f"--data={data}", f"--out={out}", *flags])
-    return pretrain.read_log(out)
+    return read_log(out)
 
 
 def score(out, *flags):
@@ -877,7 +883,7 @@ def test_two_processes_equal_one(tmp_path, four):
     """torchrun with two gloo processes, each accumulating, gives the run of one: losses, gradient,
     held-out measures and weights."""
     torchrun("pretrain.py", *TINY, *four[0], "--micro_batch=2", f"--out={tmp_path}")
-    for a, b in zip(*map(pretrain.read_log, (four[1], tmp_path)), strict=True):
+    for a, b in zip(*map(read_log, (four[1], tmp_path)), strict=True):
         assert (a["step"], a["loss"]) == pytest.approx((b["step"], b["loss"]), rel=1e-4)
         for key in ("grad_norm", *(pretrain.HeldOut.MEASURES if a["step"] % 2 == 0 else ())):
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
@@ -891,7 +897,7 @@ def test_four_steps_equal_two_and_resumed_two_bit_for_bit(tmp_path, four):
     with open(tmp_path / "log.jsonl", "a") as f:
         f.write('{"step": 3, "lost": "in a crash"}\n\0\0}\n{"step": 4, "tor')
     parts = demo(tmp_path, *four[0], "--micro_batch=8", "--workers=1")
-    for a, b in zip(pretrain.read_log(four[1]), parts, strict=True):
+    for a, b in zip(read_log(four[1]), parts, strict=True):
         same = a.keys() - {"images_per_s", "data_wait"}
         assert a.keys() == b.keys() and {k: a[k] for k in same} == {k: b[k] for k in same}
     a, b = (torch.load(out / "ckpt.pt", weights_only=True) for out in (four[1], tmp_path))
@@ -905,7 +911,7 @@ def test_four_steps_equal_two_and_resumed_two_bit_for_bit(tmp_path, four):
 
 def test_bfloat16_stays_close_to_float32(tmp_path, four):
     """bf16 autocast changes the loss of the first steps by less than 1% and keeps fp32 weights."""
-    rows = pretrain.read_log(four[1]), demo(tmp_path, *four[0], "--dtype=bfloat16")
+    rows = read_log(four[1]), demo(tmp_path, *four[0], "--dtype=bfloat16")
     plain, brief = ([row["loss"] for row in log] for log in rows)
     assert plain == pytest.approx(brief, rel=0.01) and plain != brief
     assert {v.dtype for v in encoder_of(tmp_path).values()} == {torch.float32}
@@ -1215,7 +1221,7 @@ def test_fine_tuning_goes_on_bit_for_bit(classes3, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
         patch.setattr(finetune, "check_finite", lambda *_: signal.raise_signal(signal.SIGTERM))
         tune(tmp_path / "b", classes3, *flags)
-    assert stop.value.code == 75 and len(pretrain.read_log(tmp_path / "b")) == 2
+    assert stop.value.code == 75 and len(read_log(tmp_path / "b")) == 2
     parts = tune(tmp_path / "b", classes3, *flags, "--workers=1")
     assert [row["loss"] for row in whole] == [row["loss"] for row in parts]
     a, b = (torch.load(tmp_path / x / "model.pt", weights_only=True)["weights"] for x in "ab")
@@ -1276,6 +1282,44 @@ def test_fine_tuning_that_cannot_work_is_named(flags, words, tmp_path, classes3)
     with pytest.raises(InputError, match=re.escape(words)):
         tune(tmp_path / "x", classes3, *flags.format(tmp=tmp_path).split())
     assert not (tmp_path / "x").exists()
+
+
+def test_blocks_of_any_drop_path_are_compiled_once():
+    """Table 10 on CUDA compiles each block with fullgraph: twelve rates must be one graph."""
+    from torch._dynamo.testing import CompileCounter
+    vit, counter = model.build_encoder("vit_t16", drop_path=0.1).train(), CompileCounter()
+    for block in vit.blocks:
+        block.compile(fullgraph=True, dynamic=False, backend=counter)
+    vit(torch.randn(2, 3, 32, 32)).sum().backward()
+    assert counter.frame_count == 1
+
+
+def test_the_centre_crop_equals_torchvisions():
+    """The shorter side to size / 0.95, then the middle, to two levels of rounding."""
+    image = crop.Shapes("val").open(0).resize((600, 400), Image.BICUBIC)  # 95% of 400 is whole
+    whole = TF.center_crop(TF.resize(image, 200, TF.InterpolationMode.BICUBIC), 190)
+    got = crop.cut_centre(image, None, 190, 0.95).float()
+    assert (got - crop.to_tensor(whole).float()).abs().max() <= 2
+
+
+@pytest.mark.parametrize("mixup, cutmix", [(0.8, 0), (0, 1.0), (0.8, 1.0)])
+def test_mixed_targets_follow_the_mixed_pixels(mixup, cutmix):
+    """MixUp and CutMix: the share of each label is the share of its image's pixels."""
+    torch.manual_seed(0)
+    mix = finetune.make_mix(recipe("vit_b", f"--mixup={mixup}", f"--cutmix={cutmix}"), 3)
+    images = torch.eye(3)[:, :, None, None].expand(3, 3, 20, 20)
+    for _ in range(8):
+        mixed, targets = mix(images, torch.arange(3))
+        torch.testing.assert_close(mixed.mean((2, 3)), targets)
+
+
+def test_a_position_table_of_another_size_is_resized():
+    """The table of 384 pixels becomes that of 224, bicubically; the cls token's part stays."""
+    table = rand(1, 1 + 24 * 24, 8).float()
+    grid = table[:, 1:].unflatten(1, (24, 24)).permute(0, 3, 1, 2)
+    small = F.interpolate(grid, size=14, mode="bicubic").flatten(2).mT
+    got = finetune.resize_table(table, 197)
+    assert torch.equal(got, torch.cat([table[:, :1], small], 1))
 
 
 # ------------------------------------------------------------------------------- 8. evaluation
@@ -1435,7 +1479,7 @@ def scenes(tmp_path_factory):
 def segment(out, data, *flags):
     """Train a segmenter in this process; -> the rows of the log."""
     finetune.main([*SCENES, f"--data={data}", f"--out={out}", *flags])
-    return pretrain.read_log(out)
+    return read_log(out)
 
 
 def test_the_recipe_segment_is_beits():
@@ -1612,44 +1656,6 @@ def test_segmentation_that_cannot_work_is_named(mask, removed, flags, words, sce
     assert not (tmp_path / "x").exists()
 
 
-def test_blocks_of_any_drop_path_are_compiled_once():
-    """Table 10 on CUDA compiles each block with fullgraph: twelve rates must be one graph."""
-    from torch._dynamo.testing import CompileCounter
-    vit, counter = model.build_encoder("vit_t16", drop_path=0.1).train(), CompileCounter()
-    for block in vit.blocks:
-        block.compile(fullgraph=True, dynamic=False, backend=counter)
-    vit(torch.randn(2, 3, 32, 32)).sum().backward()
-    assert counter.frame_count == 1
-
-
-def test_the_centre_crop_equals_torchvisions():
-    """The shorter side to size / 0.95, then the middle, to two levels of rounding."""
-    image = crop.Shapes("val").open(0).resize((600, 400), Image.BICUBIC)  # 95% of 400 is whole
-    whole = TF.center_crop(TF.resize(image, 200, TF.InterpolationMode.BICUBIC), 190)
-    got = crop.cut_centre(image, None, 190, 0.95).float()
-    assert (got - crop.to_tensor(whole).float()).abs().max() <= 2
-
-
-@pytest.mark.parametrize("mixup, cutmix", [(0.8, 0), (0, 1.0), (0.8, 1.0)])
-def test_mixed_targets_follow_the_mixed_pixels(mixup, cutmix):
-    """MixUp and CutMix: the share of each label is the share of its image's pixels."""
-    torch.manual_seed(0)
-    mix = finetune.make_mix(recipe("vit_b", f"--mixup={mixup}", f"--cutmix={cutmix}"), 3)
-    images = torch.eye(3)[:, :, None, None].expand(3, 3, 20, 20)
-    for _ in range(8):
-        mixed, targets = mix(images, torch.arange(3))
-        torch.testing.assert_close(mixed.mean((2, 3)), targets)
-
-
-def test_a_position_table_of_another_size_is_resized():
-    """The table of 384 pixels becomes that of 224, bicubically; the cls token's part stays."""
-    table = rand(1, 1 + 24 * 24, 8).float()
-    grid = table[:, 1:].unflatten(1, (24, 24)).permute(0, 3, 1, 2)
-    small = F.interpolate(grid, size=14, mode="bicubic").flatten(2).mT
-    got = finetune.resize_table(table, 197)
-    assert torch.equal(got, torch.cat([table[:, :1], small], 1))
-
-
 def test_no_class_fills_a_crop_if_ten_tries_find_another():
     """At most 75% of the labelled pixels are of one class where such a place is easily found."""
     mask = np.ones((64, 256), np.uint8)
@@ -1709,7 +1715,7 @@ def test_two_processes_segment(scenes, tmp_path):
     """torchrun: every weight has a gradient to share, and two processes measure what one does."""
     torchrun("finetune.py", *SCENES, f"--data={scenes}", "--max_steps=1", f"--out={tmp_path}")
     got = score(tmp_path, "--bench=miou", f"--ckpt={tmp_path}/model.pt", f"--data={scenes}")
-    row, = pretrain.read_log(tmp_path)
+    row, = read_log(tmp_path)
     assert row["n"] == 5 and row["miou"] == pytest.approx(got["miou"], abs=1e-3)
     assert 0.5 < row["loss"] / (1.4 * math.log(2)) < 1  # some pixels are unlabelled
 
@@ -1835,7 +1841,7 @@ def test_rows_beyond_the_checkpoint_are_cut(tmp_path, long):
     with pytest.raises(InputError, match="cannot write .*ckpt.pt': .*No space left"):
         demo(out, *flags, "--save_every=3")
     assert (out / "ckpt.pt").read_bytes() == before and not list(out.glob("*.tmp"))
-    assert [row["step"] for row in pretrain.read_log(out)] == [1, 2, 3]
+    assert [row["step"] for row in read_log(out)] == [1, 2, 3]
     with open(out / "log.jsonl", "a") as log:
         log.write('{"step": 4, "ep')  # a row that was cut short
     assert finish(out, *flags) == finish(tmp_path / "whole", *flags)
@@ -1944,7 +1950,7 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(save_every, kept, tmp_pat
              f"--save_every={save_every}")
     saved = pretrain.load_checkpoint(tmp_path / "ckpt.pt")
     assert (saved and saved["step"]) == kept and not (tmp_path / "encoder.pt").exists()
-    assert [row["step"] for row in pretrain.read_log(tmp_path)] == [1]
+    assert [row["step"] for row in read_log(tmp_path)] == [1]
 
 
 def test_a_run_leaves_what_the_design_says(tmp_path):
