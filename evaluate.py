@@ -356,8 +356,8 @@ def miou(cfg, machine):
 
 def maps(cfg, machine):
     """How well a pre-trained model finds exemplars in images: cross-entropy, skill, and the mean
-    IoU of its maps at 0.5, over a whole folder, by area and by angle; figures.png, and strip.png,
-    how the maps of one image came about in the run."""
+    IoU of its maps at 0.5, over a whole folder; figures.png; and strip.png, how the maps of one
+    image came about in the run."""
     saved = load_checkpoint(cfg.ckpt)
     if saved is None or "decoder_width" not in saved["config"]:
         raise InputError(f"--bench=maps takes the ckpt.pt of a pre-training run, not {cfg.ckpt!r}")
@@ -377,11 +377,12 @@ def maps(cfg, machine):
         with pretrain.measuring(cim, machine):
             return *pairs, cim(*pairs[:3])[1].float()
 
-    table = torch.zeros(len(source), recipe.exemplars, 5, device=machine.device)
+    table = torch.zeros(len(source), recipe.exemplars, 3, device=machine.device)
     for contexts, numbers in Batches(dataset, cfg.workers, machine, batch=16):
-        table[machine.send(numbers)] = map_scores(*predict(contexts, numbers)[2:], mean)
+        _, _, truth, _, logits = predict(contexts, numbers)
+        table[machine.send(numbers)] = map_scores(truth, logits, mean)
     machine.sum(table)
-    seen = (table[:, 0, 2] > 0).nonzero().squeeze(1)  # their areas
+    seen = (table[:, 0, 1] > 0).nonzero().squeeze(1)  # images that could be read
     if not len(seen):
         raise InputError(f"none of the images in {cfg.data!r} could be read")
     if machine.rank == 0:  # images from all over the folder
@@ -390,43 +391,20 @@ def maps(cfg, machine):
         picture = crop.contact_sheet(*(x.cpu() for x in predict(machine.send(contexts), numbers)))
         save_picture(os.path.join(folder_of(cfg), "figures.png"), picture)
         save_strip(cfg)
-    return map_report(table[seen].cpu().double(), machine)
+    loss, baseline, iou = table[seen].cpu().double().mean((0, 1)).tolist()
+    return dict(skill=1 - loss / baseline, iou=100 * iou, loss=loss, baseline=baseline,
+                n=len(seen))
 
 
-def map_scores(maps, theta, logits, mean):
-    """Of each exemplar: cross-entropy, that of the mean map, area r0, |angle| in degrees and IoU at
-    0.5: [B, K, 5]. logits and maps [B, K, m, m], theta [B, K, 2, 3], mean [m, m]."""
+def map_scores(maps, logits, mean):
+    """Of each exemplar: cross-entropy, that of the mean map, and IoU at 0.5: [B, K, 3]. logits and
+    maps [B, K, m, m], mean [m, m]."""
     def entropy(x):
         return F.binary_cross_entropy_with_logits(x, maps, reduction="none").mean((2, 3))
 
     found, true = logits > 0, maps > 0
     iou = (found & true).sum((2, 3)) / (found | true).sum((2, 3)).clamp(min=1)
-    area = torch.linalg.det(theta[..., :2]).abs()
-    angle = torch.atan2(-theta[..., 0, 1], theta[..., 1, 1]).abs().rad2deg()
-    ignoring = entropy(mean.logit().expand_as(maps))
-    return torch.stack([entropy(logits), ignoring, area, angle, iou], -1)
-
-
-def map_report(table, machine):
-    """The means over table [n, K, 5] of map_scores: all, by quartile of r0, by third of the angle.
-    """
-    rows = table.flatten(0, 1)
-    loss, baseline, area, angle, iou = rows.unbind(1)
-    chosen = {"all": torch.ones_like(loss, dtype=torch.bool)}
-    for name, value, count in (("r0", area, 4), ("angle", angle, 3)):
-        edges = value.quantile(torch.linspace(0, 1, count + 1).double())
-        for i in range(count if edges[0] < edges[-1] else 0):
-            chosen[f"{name} {edges[i]:.3g} to {edges[i + 1]:.3g}"] = (
-                (value >= edges[i]) & ((value < edges[i + 1]) | (i == count - 1)))
-    parts = {}
-    for name, of in chosen.items():
-        ce, ignoring = loss[of].mean().item(), baseline[of].mean().item()
-        parts[name] = row = dict(skill=1 - ce / ignoring, iou=100 * iou[of].mean().item(), loss=ce,
-                                 baseline=ignoring)
-        if machine.rank == 0:
-            print(f"{name:>20}  skill {row['skill']:6.3f}  IoU {row['iou']:5.1f}%  loss "
-                  f"{row['loss']:.4f}  baseline {row['baseline']:.4f}")
-    return parts.pop("all") | dict(n=len(table), parts=parts)
+    return torch.stack([entropy(logits), entropy(mean.logit().expand_as(maps)), iou], -1)
 
 
 def save_strip(cfg, count=6):

@@ -1391,21 +1391,17 @@ def test_predictions_are_made_among_the_folders_only(tmp_path):
 
 
 def test_map_scores_equal_a_float64_loop():
-    """Figures 5 and 6 in numbers: cross-entropy, that of the mean map, area, angle and IoU at 0.5
-    of each exemplar by a plain loop; the total is their mean and skill 1 - loss / baseline."""
+    """Figures 5 and 6 in numbers: cross-entropy, that of the mean map, and IoU at 0.5 of each
+    exemplar by a plain loop."""
     boxes, mean = crop.sample_boxes(rand(2, 3, 6)), rand(16, 16).clamp(0.1, 0.9)
-    theta, logits = crop.affine_from_boxes(boxes), 4 * rand(2, 3, 16, 16, seed=1) - 2
-    maps = crop.rasterize_maps(theta, 16)
-    got = evaluate.map_scores(maps, theta, logits, mean)
+    maps = crop.rasterize_maps(crop.affine_from_boxes(boxes), 16)
+    logits = 4 * rand(2, 3, 16, 16, seed=1) - 2
+    got = evaluate.map_scores(maps, logits, mean)
     for b, k in np.ndindex(2, 3):
-        t, p, (_, _, w, h, angle, _) = maps[b, k], logits[b, k].sigmoid(), boxes[b, k]
+        t, p = maps[b, k], logits[b, k].sigmoid()
         ce, base = (-(t * q.log() + (1 - t) * (1 - q).log()).mean() for q in (p, mean))
         iou = ((p > 0.5) & (t > 0)).sum() / ((p > 0.5) | (t > 0)).sum()
-        expected = [ce, base, w * h, abs(math.degrees(angle)), iou]
-        assert got[b, k].tolist() == pytest.approx([float(x) for x in expected], rel=1e-7)
-    total, means = evaluate.map_report(got, CPU), got.mean((0, 1)).tolist()
-    assert total["skill"] == pytest.approx(1 - means[0] / means[1])
-    assert len(total["parts"]) == 7  # four quartiles of the area, three thirds of the angle
+        assert got[b, k].tolist() == pytest.approx([float(x) for x in (ce, base, iou)], rel=1e-7)
 
 
 def test_maps_are_measured_from_a_checkpoint(tmp_path):
@@ -1416,6 +1412,7 @@ def test_maps_are_measured_from_a_checkpoint(tmp_path):
     got = score(tmp_path, "--bench=maps", f"--ckpt={tmp_path}/run/ckpt.pt",
                 f"--data={tmp_path}/photos")
     assert got["n"] == 20 and got["loss"] == pytest.approx(math.log(2), rel=0.02)
+    assert got["skill"] == pytest.approx(1 - got["loss"] / got["baseline"], abs=1e-3)
     figures, strip, first, _, last = (np.asarray(Image.open(path)) for path in (
         *sorted(tmp_path.glob("*.png")), *sorted((tmp_path / "run" / "maps").iterdir())))
     row = crop.TILE + crop.TILE // 12  # beyond 3 rows from the left there are the maps
