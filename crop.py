@@ -22,6 +22,7 @@ y down, both in [-1, 1] over the outer edges of the context (align_corners=False
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -242,15 +243,20 @@ def draw_crop(rng, width, height, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
 
 
 def to_rgb(image):
-    """Any Pillow mode to 8-bit RGB; 16-bit gray keeps its high byte, transparency shows white."""
+    """Any Pillow mode to 8-bit RGB; 16-bit gray keeps its high byte, transparency shows white.
+    Raises ValueError for pixels of 32 bits, since nothing says which of their values is white."""
     image.load()
     if image.mode == "RGB" and "transparency" not in image.info:
         return image  # convert would copy it
+    if image.mode == "F" or image.mode == "I" and image.format != "PPM":  # 16 bits there
+        raise ValueError(f"pixels of 32 bits, mode {image.mode}, whose white is not known")
+    if image.mode.startswith("I"):
+        gray = np.asarray(image)
+        gray = np.where(gray == image.info.get("transparency"), 65535, gray)
+        return Image.fromarray((gray >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
     if image.has_transparency_data:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    if image.mode.startswith("I"):
-        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return image.convert("RGB")
 
 
@@ -261,14 +267,14 @@ def cut_box(image, choose, size):
     A JPEG is decoded at the smallest of 1, 1/2, 1/4, 1/8 of its size that still has `size` pixels
     in the part (Pillow's draft), which costs little. PyTorch resizes bytes three times as fast as
     Pillow does, and the values differ by two of 255 levels at most."""
-    orientation = image.getexif().get(0x0112, 1)
+    orientation = image.getexif().get(0x0112)  # 1 to 8; whatever else a file holds is upright
     width, height = image.size
-    if 5 <= orientation <= 8:  # the photo is stored lying on its side
+    if orientation in (5, 6, 7, 8):  # the photo is stored lying on its side
         width, height = height, width
     left, top, w, h = choose(width, height)
     shrink = size / min(w, h)
     image.draft("RGB", (math.ceil(image.width * shrink), math.ceil(image.height * shrink)))
-    image = to_rgb(ImageOps.exif_transpose(image) if orientation > 1 else image)
+    image = to_rgb(ImageOps.exif_transpose(image) if orientation in range(2, 9) else image)
     fx, fy = image.width / width, image.height / height
     left, top = min(round(left * fx), image.width - 1), min(round(top * fy), image.height - 1)
     right, bottom = left + max(1, round(w * fx)), top + max(1, round(h * fy))
@@ -626,6 +632,17 @@ def train_and_val(data, seed, classes=None, held_out=256):
     return ((train, sorted(order[count:])), (train, order[:count]),
             f"{len(train) - count} images; no val split, so {count} more, drawn with the seed, "
             "are held out")
+
+
+def describe_data(train, held_out, classes=()):
+    """What a checkpoint keeps of its data, to know them again: the number of images, a hash of the
+    names of all, the classes in order. train, held_out: (source, indices)."""
+    names = hashlib.sha256()
+    for source, indices in (train, held_out):
+        for i in indices:
+            names.update(os.fsencode(source.name(i)) + b"\0")
+    return {"number of images": len(train[1]), "hash of their names": names.hexdigest()[:16],
+            **{f"class {k}": name for k, name in enumerate(classes)}}
 
 
 # ------------------------------------------------------------------------------- 7. command line

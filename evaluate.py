@@ -29,16 +29,20 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 
 import crop
+import finetune
 import pretrain
 from crop import InputError
 from finetune import (Batches, accuracy, centre_crops, check_size, labelled_data, load_weights,
                       match_labels, mean_iou, open_scenes, read_weights, whole_scenes)
 from model import ENCODERS, Classifier, Segmenter
-from pretrain import (Count, Positive, Real, Share, Switch, Whole, Workers, load_checkpoint,
-                      parse_config, run, save_picture, save_text, setup_machine)
+from pretrain import (Count, Positive, Real, Share, Switch, Whole, Workers, load_checkpoint, number,
+                      parse_config, restore, run, save_picture, save_text, setup_machine)
 
 
 # ------------------------------------------------------------------------------------ 1. Config
+
+Side = number(int, lambda x: 0 <= x <= 4096, "from 0 to 4096")
+
 
 @dataclass(frozen=True)
 class Config:
@@ -52,7 +56,7 @@ class Config:
     data: str = "data/imagenet"  # val/CLASS/* or CLASS/*, a built-in source; miou: as ADE20K
     classes: str = ""  # a file with the names of the class folders to keep, one a line
     out: str = ""  # where BENCH.json goes; by default the folder of --ckpt
-    size: Whole = 0  # pixels; 0 is what a model was validated at, else 224
+    size: Side = 0  # pixels; 0 is what a model was validated at, else 224
     test_crop: Share = 0.0  # centre crop over shorter side; 0 is as validated, else 0.95
     k: Count = 20  # nearest neighbours that vote (knn)
     temperature: Positive = 0.07  # of their votes, exp(cosine / temperature) (knn)
@@ -117,22 +121,23 @@ def load_model(cfg, machine):
                 raise InputError(f"{cfg.ckpt!r} holds {name}, not {cfg.model}; leave out --model")
         elif name == "auto" or cfg.use_target:
             raise InputError("--ckpt=scratch needs --model, and has no target")
-        classes = saved.get("classes")  # of a model.pt
-        recipe = saved["config"] if classes else {}
-        kind = ("encoder" if not classes else
-                "segmenter" if recipe["recipe"] == "segment" else "classifier")
+        recipe, classes = finetune.Config(), saved.get("classes")  # of a model.pt
+        if classes:
+            recipe = restore(finetune.Config, saved.get("config"), cfg.ckpt)
+            if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
+                raise InputError(f"{cfg.ckpt!r} holds no list of the names of its classes")
+        kind = "encoder" if not classes else "segmenter" if recipe.segments else "classifier"
         fitting = {"miou": ["segmenter"], "knn": ["encoder", "classifier"]}
         fitting = fitting.get(cfg.bench, ["classifier"])
         if kind not in fitting:
             raise InputError(f"{cfg.ckpt!r} holds {name} as a {kind}: --bench={cfg.bench} takes a "
                              f"{' or '.join(fitting)}, as finetune.py writes it to model.pt")
-        view = (cfg.size or recipe.get("test_size", 224),
-                cfg.test_crop or recipe.get("test_crop", 0.95))
+        view = cfg.size or recipe.test_size, cfg.test_crop or recipe.test_crop
         check_size(name, view[0])
         if kind == "segmenter":
-            model = Segmenter(name, len(classes), width=recipe["head_width"])
+            model = Segmenter(name, len(classes), width=recipe.head_width)
         else:
-            model = Classifier(name, len(classes or "1"), probe=recipe.get("frozen", True))
+            model = Classifier(name, len(classes or "1"), probe=recipe.frozen or not classes)
         if state:
             load_weights(model, state, cfg.ckpt, head=bool(classes))
     return model.to(machine.device).eval(), classes, view, saved.get("top1")
@@ -296,7 +301,7 @@ def imagenet_c(cfg, machine):
     """ImageNet-C [29]: CORRUPTION/SEVERITY/CLASS/*, as published or one folder deeper. The images
     have the right size already: they are not cropped."""
     model, classes, view, clean = load_model(cfg, machine)
-    errors, n = {}, 0
+    errors, n, found = {}, 0, None
     for name in ALEXNET:
         for folder in (os.path.join(cfg.data, name), *glob.glob(os.path.join(cfg.data, "*", name))):
             severities = [os.path.join(folder, severity) for severity in "12345"]
@@ -305,6 +310,11 @@ def imagenet_c(cfg, machine):
             errors[name] = []
             for severity in severities:
                 source, labels, rows = class_folders(severity, classes, machine)
+                found = found or source.classes
+                if source.classes != found:
+                    some = sorted(set(found) ^ set(source.classes))[:5]
+                    raise InputError(f"{severity!r} has other class folders than the first one "
+                                     f"that was read: {', '.join(some)}")
                 images = Batches(centre_crops(source, rows, view[0], 1.0), cfg.workers, machine)
                 score = accuracy(model, images, labels, machine)
                 errors[name].append(100 - score["top1"])
@@ -361,10 +371,9 @@ def maps(cfg, machine):
     saved = load_checkpoint(cfg.ckpt)
     if saved is None or "decoder_width" not in saved["config"]:
         raise InputError(f"--bench=maps takes the ckpt.pt of a pre-training run, not {cfg.ckpt!r}")
-    recipe = pretrain.Config(**{k: tuple(v) if isinstance(v, list) else v
-                                for k, v in saved["config"].items()})
-    cim = pretrain.build_model(recipe)
-    cim.load_state_dict(saved["model"])
+    recipe = restore(pretrain.Config, saved["config"], cfg.ckpt)
+    cim, optimizer = pretrain.build(recipe, machine)
+    pretrain.load_states(cim, optimizer, saved, cfg.ckpt)
     cim.to(machine.device).eval()
     with machine.first():
         source = crop.open_images(validation_folder(cfg.data), "val",

@@ -44,7 +44,7 @@ from torchvision.transforms import v2
 import crop
 from crop import InputError
 from model import ENCODERS, Classifier, Segmenter, resize_positions, upsample
-from pretrain import (Clock, Count, Decay, Pair, Positive, Real, Share, Switch, Whole, Workers,
+from pretrain import (Clock, Count, Decay, Pair, Pixels, Positive, Real, Share, Switch, Whole, Workers,
                       accelerate, begin_run, bench_report, catch_signals, check_finite,
                       check_same_start, count_gflop, describe, learning_rate, load_checkpoint,
                       make_loader, make_plan, measuring, micro_batches, number, parameter_groups,
@@ -74,8 +74,8 @@ class Config:
     out: str = "out/finetune"  # the run's folder: config.json, log.jsonl, ckpt.pt, model.pt
     model: Literal["auto", *ENCODERS] = "auto"  # auto: the one in --init, else the recipe's
     # images
-    image_size: Count = 224  # pixels, in training
-    test_size: Count = 224  # pixels, in validation; segment: the shorter side, and a window's
+    image_size: Pixels = 224  # in training
+    test_size: Pixels = 224  # in validation; segment: the shorter side, and a window's
     scale: Pair = (0.08, 1.0)  # area of a random crop; segment: shorter side over image_size
     flip: Share = 0.5  # probability of a mirrored image
     photometric: Share = 0.0  # segment: probability of each change of light and colour
@@ -379,6 +379,7 @@ def main(argv=None):
         (train, rows), (val, val_rows), sentence = (
             scene_data(cfg) if cfg.segments else labelled_data(cfg))
         plan = make_plan(cfg, machine, len(rows))
+        data = crop.describe_data((train, rows), (val, val_rows), train.classes)
         alone = not (cfg.segments and machine.syncs_batchnorm)  # BatchNorm sees this process only
         if plan.micro == 1 and alone and (cfg.frozen or cfg.segments or cfg.model == "resnet50"):
             raise InputError(f"--batch_size {cfg.batch_size} leaves a process one image at a time, "
@@ -387,7 +388,7 @@ def main(argv=None):
         model, optimizer = build(cfg, len(train.classes), machine)
         if weights:
             origin = load_weights(model, weights, cfg.init)
-        start = begin_run(cfg, machine, plan, model, optimizer, saved)
+        start = begin_run(cfg, machine, data, model, optimizer, saved)
     check_same_start(start, cfg, machine)
     describe(cfg, machine, plan, start, sentence, f"{cfg.model}; weights: {origin}")
 
@@ -442,14 +443,14 @@ def main(argv=None):
         logs = evaluates or done == 1 or done % cfg.log_every == 0
         saves = last or asked or clock.saves(cfg, done)
         if logs or saves:
-            check_finite(broken, lr, machine)
+            check_finite(broken, done, lr, *parameters)
         if logs:
             row = dict(step=done, epoch=done / plan.per_epoch, loss=machine.mean(loss), lr=lr,
                        grad_norm=grad_norm.item(), **clock.rates(done, cfg.batch_size))
             row |= measure() if evaluates else dict.fromkeys(measures)
             write_row(cfg, machine, plan, row)
         if saves:
-            save_checkpoint(cfg, machine, plan, clock, row, done, model, optimizer)
+            save_checkpoint(cfg, machine, data, clock, row, done, model, optimizer)
         if logs:
             clock.restart(done)
         if asked and not last:
@@ -461,7 +462,7 @@ def main(argv=None):
         bench_report("finetune", cfg, machine, clock, gflop)
     elif machine.rank == 0:
         path = os.path.join(cfg.out, "model.pt")
-        save_model(path, model, cfg, train.classes, **{measures[0]: row[measures[0]]})
+        save_model(path, model, cfg, train.classes, **{measures[0]: row.get(measures[0])})
         print(f"finished after {max(start, plan.stop)} steps; {path} holds the model")
 
 
@@ -504,7 +505,12 @@ def read_weights(path, use_target=False):
         state = {k.removeprefix(side): v for k, v in state.items()}
     elif use_target:
         state |= {k.replace("_c.", "."): v for k, v in state.items() if "_c." in k}
-    return identify(state, path), state, saved
+    name = identify(state, path)
+    for k, v in state.items():
+        if not k.endswith("num_batches_tracked") and not (  # a BatchNorm's counter
+                v.is_floating_point() and v.layout == torch.strided and v.float().isfinite().all()):
+            raise InputError(f"{path!r}: not all values of {k} are finite floating point numbers")
+    return name, state, saved
 
 
 def identify(state, path):

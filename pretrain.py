@@ -75,6 +75,7 @@ def number(kind, fits, bounds):
 
 
 Count = number(int, lambda x: x >= 1, "1 or more")
+Pixels = number(int, lambda x: 1 <= x <= 4096, "from 1 to 4096")
 Whole = number(int, lambda x: 0 <= x < 2**63, "from 0 to 2**63 - 1")
 Workers = number(int, lambda x: x >= -1, "-1 or more")
 Positive = number(float, lambda x: x > 0, "above 0")
@@ -107,8 +108,8 @@ class Config:
     classes: str = ""  # a file with the names of the class folders to keep, one a line
     out: str = "out/pretrain"  # the run's folder: config.json, log.jsonl, ckpt.pt, encoder.pt
     # crops (Table 1)
-    context_size: Count = 160  # pixels
-    exemplar_size: Count = 64  # pixels
+    context_size: Pixels = 160
+    exemplar_size: Pixels = 64
     exemplars: Count = 6  # of each context
     scale: Pair = (0.05, 1.0)  # area r0 of an exemplar, as a fraction of the context
     ratio: Pair = (1 / 3, 3.0)  # aspect r1 = h / w, log-uniform
@@ -318,7 +319,9 @@ def mean_map(cfg, machine):
 
 def effective_rank(x):
     """exp of the entropy of the covariance's spectrum of x [N, D], in float64; 1 if x is constant
-    to float32's precision."""
+    to float32's precision, nan if it is not finite."""
+    if not x.isfinite().all():
+        return math.nan
     spectrum = torch.linalg.svdvals(x - x.mean(0)) ** 2
     spectrum[spectrum < 1e-12 * x.square().sum()] = 0  # rounding
     p = spectrum / spectrum.sum().clamp(min=1e-300)
@@ -420,10 +423,11 @@ def main(argv=None):
         (source, indices), validation, sentence = crop.train_and_val(
             cfg.data, cfg.seed, crop.read_classes(cfg.classes))
         plan = make_plan(cfg, machine, len(indices))
+        data = crop.describe_data((source, indices), validation)
         held_out = HeldOut(*validation, cfg, machine)
         cim, optimizer = build(cfg, machine)
         saved = None if cfg.bench else load_checkpoint(os.path.join(cfg.out, "ckpt.pt"))
-        start = begin_run(cfg, machine, plan, cim, optimizer, saved)
+        start = begin_run(cfg, machine, data, cim, optimizer, saved)
     check_same_start(start, cfg, machine)
     describe(cfg, machine, plan, start, sentence,
              f"{cfg.model}, {cfg.exemplars} exemplars of each context")
@@ -472,7 +476,7 @@ def main(argv=None):
         logs = evaluates or done == 1 or done % cfg.log_every == 0
         saves = last or asked or clock.saves(cfg, done)
         if logs or saves:
-            check_finite(broken, lr, machine)
+            check_finite(broken, done, lr, *parameters)
         if logs:
             row = dict(step=done, epoch=done / plan.per_epoch, loss=machine.mean(loss), lr=lr,
                        tau=None if cim.target is cim.online else tau,
@@ -482,7 +486,7 @@ def main(argv=None):
         if evaluates and machine.rank == 0:
             held_out.paint(cim, done)
         if saves:
-            save_checkpoint(cfg, machine, plan, clock, row, done, cim, optimizer)
+            save_checkpoint(cfg, machine, data, clock, row, done, cim, optimizer)
         if logs:
             clock.restart(done)
         if asked and not last:
@@ -800,11 +804,32 @@ def plain(cfg):
     return json.loads(json.dumps(dataclasses.asdict(cfg)))
 
 
-def save_checkpoint(cfg, machine, plan, clock, row, done, model, optimizer):
-    """Write ckpt.pt after step `done`: tensors and plain types only, all that going on needs. row:
-    the last one of the log."""
+def restore(Config, values, path):
+    """The Config that was read from the file `path` as a dict, each field checked as its flag is.
+    Raises InputError where there is none."""
+    kinds = {f.name: f.type for f in dataclasses.fields(Config)}
+    try:
+        for name, value in values.items():
+            if typing.get_origin(kinds[name]) is not Literal:
+                text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+                values = values | {name: kinds[name](text)}
+            elif value not in typing.get_args(kinds[name]):
+                raise ValueError(f"{value!r} is no {name}")
+        return Config(**values)
+    except (AttributeError, KeyError, ValueError, argparse.ArgumentTypeError) as error:
+        raise InputError(f"{path!r} holds no config of this version of the code: {error}"
+                         ) from error
+
+
+CHECKPOINT = dict(step=int, config=dict, data=dict, log_bytes=int, row=dict, model=dict,
+                  optimizer=dict)  # what is in it
+
+
+def save_checkpoint(cfg, machine, data, clock, row, done, model, optimizer):
+    """Write ckpt.pt after step `done`: tensors and plain types only, all that going on needs. data:
+    from crop.describe_data; row: the last one of the log."""
     if machine.rank == 0:
-        state = dict(step=done, config=plain(cfg) | {"dtype": machine.dtype}, images=plan.images,
+        state = dict(step=done, config=plain(cfg) | {"dtype": machine.dtype}, data=data,
                      log_bytes=os.path.getsize(os.path.join(cfg.out, "log.jsonl")), row=row,
                      model=model.state_dict(), optimizer=optimizer.state_dict())
         save_file(os.path.join(cfg.out, "ckpt.pt"), lambda f: torch.save(state, f))
@@ -818,10 +843,11 @@ def load_checkpoint(path):
         return None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        missing = {"step", "config", "images", "log_bytes", "row", "model",
-                   "optimizer"} - saved.keys()
-        problem = f"it lacks {', '.join(sorted(missing))}" if missing else None
-        dict(saved.get("config", {}))  # an error where it is something else
+        json.dumps([saved.get(name) for name in ("config", "data", "row")])  # plain types only
+        wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(saved.get(name), kind)]
+        problem = f"it lacks a proper {', '.join(wrong)}" if wrong else None
+        if not wrong and min(saved["step"], saved["log_bytes"]) < 0:
+            problem = "its step is below 0"
     except Exception as error:  # torch.load raises many kinds on files that are none
         problem = type(error).__name__
     if problem:
@@ -830,29 +856,47 @@ def load_checkpoint(path):
     return saved
 
 
-def begin_run(cfg, machine, plan, model, optimizer, saved):
+def load_states(model, optimizer, saved, path):
+    """Put a checkpoint's weights and the optimiser's averages of their gradients into both. The
+    optimiser's settings stay those of the config. Raises InputError where anything does not fit:
+    the fused optimiser would not look at shapes."""
+    names = {"momentum_buffer"} if "momentum" in optimizer.defaults else {
+        "step", "exp_avg", "exp_avg_sq"}
+    try:
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
+        for p, averages in optimizer.state.items():
+            shapes = {name: x.shape for name, x in averages.items()}
+            if shapes != {name: () if name == "step" else p.shape for name in names}:
+                raise ValueError("the optimiser's state is of other parameters")
+        if not all(x.isfinite().all() for x in model.state_dict().values()):
+            raise ValueError("its weights are not finite")
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = str(error).split("\n")[0]  # PyTorch lists all that differs below it
+        raise InputError(f"{path!r} does not fit this version of the code ({reason}); to start "
+                         "afresh, name another --out") from error
+
+
+def begin_run(cfg, machine, data, model, optimizer, saved):
     """Put the checkpoint `saved` (None: there is none) into model and optimiser, and open the run's
     folder. -> the number of steps done.
 
     Raises InputError naming the fields in which the checkpoint's config differs from cfg, FREE ones
-    excepted; when another run is at work in the folder; when it cannot be written."""
+    excepted, or its data from `data`; when the checkpoint does not fit; when another run is at work
+    in the folder; when it cannot be written."""
     if saved:
         path = os.path.join(cfg.out, "ckpt.pt")
         theirs = plain(type(cfg)())  # what a field was before an older checkpoint had it
-        theirs |= saved["config"] | {"number of images": saved["images"]}
-        mine = plain(cfg) | {"dtype": machine.dtype, "number of images": plan.images}
+        theirs |= saved["config"] | saved["data"]
+        mine = plain(cfg) | {"dtype": machine.dtype} | data
         differ = [f"{k} ({theirs.get(k)} there, {mine.get(k)} here)"
                   for k in sorted(mine.keys() | theirs.keys())
                   if k not in FREE and mine.get(k) != theirs.get(k)]
         if differ:
-            raise InputError(f"{path!r} belongs to a run that differs in {', '.join(differ)}; give "
-                             "the same flags to go on with it, or another --out to start afresh")
-        try:
-            model.load_state_dict(saved["model"])
-            optimizer.load_state_dict(saved["optimizer"])
-        except (RuntimeError, ValueError, KeyError) as error:
-            raise InputError(f"{path!r} does not fit this version of the code; name another --out "
-                             "to start afresh") from error
+            raise InputError(f"{path!r} belongs to a run that differs in {', '.join(differ[:9])}"
+                             f"{' ...' if len(differ) > 9 else ''}; give the same flags and data "
+                             "to go on with it, or another --out to start afresh")
+        load_states(model, optimizer, saved, path)
     if machine.rank == 0 and not cfg.bench:
         lock_folder(cfg.out)
         save_text(os.path.join(cfg.out, "config.json"), json.dumps(plain(cfg), indent=1))
@@ -890,14 +934,16 @@ def check_same_start(start, cfg, machine):
                          f"{cfg.out!r} here: all nodes need to see the same folder")
 
 
-def check_finite(broken, lr, machine):
-    """Raise InputError where a gradient was not finite; broken: the first such step, or 0."""
-    if int(broken) and machine.rank > 0:
-        sys.exit(1)  # process 0 says it
-    if int(broken):
-        raise InputError(f"the loss or its gradient is not finite at step {int(broken)} (learning "
-                         f"rate {lr:.3g}); ckpt.pt, if there is one, is of a step before. Try a "
-                         "lower --lr and another --out")
+def check_finite(broken, step, lr, *numbers):
+    """Raise InputError where a gradient was not finite (broken: the first such step, or 0), and
+    where one of `numbers`, weights or measures at `step`, or its square, is not."""
+    norm = torch.nn.utils.get_total_norm([torch.as_tensor(x).detach() for x in numbers])
+    if int(broken) or not norm.isfinite():
+        if int(os.environ.get("RANK", 0)) > 0:
+            sys.exit(1)  # process 0 says it
+        raise InputError(f"training diverged: the loss, a gradient or a weight is not finite at "
+                         f"step {int(broken) or step} (learning rate {lr:.3g}); ckpt.pt, if there "
+                         "is one, is of a step before. Try a lower --lr and another --out")
 
 
 SHOWN = {"skill": "skill {:.3f}", "skill_swapped": "swapped {:.3f}", "rank": "rank {:.1f}",
@@ -907,6 +953,7 @@ SHOWN = {"skill": "skill {:.3f}", "skill_swapped": "swapped {:.3f}", "rank": "ra
 def write_row(cfg, machine, plan, row):
     """Append a row to log.jsonl and print it as a line. A logger of your own hooks in here; columns
     that were not measured at a step are None."""
+    check_finite(0, row["step"], row["lr"], *(x for x in row.values() if isinstance(x, float)))
     if machine.rank > 0:
         return
     try:
