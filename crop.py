@@ -163,8 +163,9 @@ def shift_hue(x, shift):
     """Turn the hue of x [..., 3, n, n] in [0, 1] by `shift` [..., 1, 1, 1], part of a turn."""
     high, low = x.amax(-3, keepdim=True), x.amin(-3, keepdim=True)
     chroma = high - low
+    red, green, _ = (x == high).split(1, -3)  # before the division, which is not exact everywhere
     r, g, b = ((x - low) / chroma.clamp(min=1e-8)).split(1, -3)
-    sector = torch.where(r == 1, g - b, torch.where(g == 1, 2 + b - r, 4 + r - g))  # RGB -> HSV
+    sector = torch.where(red, g - b, torch.where(green, 2 + b - r, 4 + r - g))  # RGB -> HSV
     first = torch.arange(5, 0, -2, device=x.device).view(3, 1, 1)  # of red, green, blue
     k = (first + sector + 6 * shift) % 6
     return high - chroma * torch.minimum(k, 4 - k).clamp(0, 1)  # HSV -> RGB in closed form

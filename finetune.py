@@ -43,7 +43,7 @@ from torchvision.transforms import v2
 
 import crop
 from crop import InputError
-from model import ENCODERS, Classifier, Segmenter, resize_positions, upsample
+from model import ENCODERS, Classifier, Segmenter, resize_positions
 from pretrain import (Clock, Count, Decay, Pair, Pixels, Positive, Real, Share, Switch, Whole, Workers,
                       accelerate, begin_run, bench_report, catch_signals, check_finite,
                       check_same_start, count_gflop, describe, learning_rate, load_checkpoint,
@@ -795,7 +795,8 @@ def predict_labels(model, image, size, machine):
                       antialias=True)
     with measuring(model, machine):
         logits = sliding_window(model, crop.normalize(x), size)
-    few = [upsample(part, shape).max(1) for part in logits.split(16, 1)]  # photos may be large
+    few = [F.interpolate(part, shape, mode="bilinear").max(1)
+           for part in logits.split(16, 1)]  # photos may be large
     which = torch.stack([part.values for part in few]).argmax(0, keepdim=True)
     return (16 * which + torch.stack([part.indices for part in few]).gather(0, which))[0, 0]
 

@@ -297,8 +297,12 @@ def as_grid(tokens):
 
 
 def upsample(y, size):
-    """Maps [B, K, h, w] -> float32 [B, K, size, size], bilinear. `size` may be a pair (h, w)."""
-    return F.interpolate(y.float(), size=size, mode="bilinear")
+    """Maps [B, K, h, h] -> float32 [B, K, size, size], bilinear, as two matrix products: on GPUs the
+    gradient of F.interpolate is slow and adds up in no fixed order."""
+    with torch.autocast(y.device.type, enabled=False):
+        eye = torch.eye(y.shape[-1], device=y.device, dtype=torch.promote_types(y.dtype, torch.float32))
+        U = F.interpolate(eye[None], size=size, mode="linear")[0]  # [h, size]
+        return U.T @ y.to(U.dtype) @ U
 
 
 # --------------------------------------------------------------------------------------- 6. CIM
@@ -459,8 +463,9 @@ class Segmenter(nn.Module):
 
     def forward(self, images):
         size, maps = images.shape[2:], self.features(images)
-        logits = upsample(self.head(maps), size)
-        return (logits, upsample(self.auxiliary(maps[2]), size)) if self.training else logits
+        heads = (self.head(maps), self.auxiliary(maps[2])) if self.training else (self.head(maps),)
+        logits = [F.interpolate(y.float(), size=size, mode="bilinear") for y in heads]
+        return tuple(logits) if self.training else logits[0]
 
 
 class UperNet(nn.Module):

@@ -40,6 +40,7 @@ import signal
 import sys
 import time
 import typing
+from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
 from fractions import Fraction
@@ -205,7 +206,9 @@ def make_plan(cfg, machine, images):
         near = max(1, round(cfg.batch_size / machine.world)) * machine.world
         raise InputError(f"--batch_size {cfg.batch_size} is not divisible by {machine.world} "
                          f"processes; {near} would be")
-    most = cfg.micro_batch or (512 if machine.device.type == "cuda" else 32)
+    # A ViT-B/16 takes about 50 MB for a context (an estimate); half of the memory stays free.
+    most = cfg.micro_batch or (32 if machine.device.type != "cuda" else min(
+        512, torch.cuda.get_device_properties(machine.device).total_memory // 10**8))
     micro = max(k for k in range(1, min(most, share) + 1) if share % k == 0)
     if cfg.micro_batch and micro != cfg.micro_batch:
         raise InputError(f"--micro_batch {cfg.micro_batch} does not divide the {share} images of a "
@@ -401,11 +404,16 @@ def build(cfg, machine):
 def accelerate(model, machine):
     """Compile what is large where asked; wrap the model in DDP where there are processes."""
     if machine.compile:  # in place, so that state-dict keys stay clean
-        for part in list(model.modules()):
-            if isinstance(part, (Block, CorrelationLayer)):
-                part.compile(fullgraph=True, dynamic=False)
-            elif isinstance(part, ResNet50):  # SyncBatchNorm breaks its graph
-                part.compile(dynamic=False)
+        torch._dynamo.config.optimize_ddp = False  # it would cut blocks where DDP's buckets end
+        compiled = [part for part in model.modules() if isinstance(part, (Block, CorrelationLayer))
+                    # a SyncBatchNorm would break the graph
+                    or isinstance(part, ResNet50) and not machine.syncs_batchnorm]
+        for part in compiled:
+            part.compile(fullgraph=True, dynamic=False)
+        if machine.rank == 0:
+            counts = Counter(type(part).__name__ for part in compiled)
+            print("compiled", ", ".join(f"{n} {name}" for name, n in counts.items()) or "nothing, "
+                  "since the BatchNorms of the processes are synchronised", flush=True)
     if machine.world == 1:
         return model
     return torch.nn.parallel.DistributedDataParallel(
@@ -433,6 +441,8 @@ def main(argv=None):
              f"{cfg.model}, {cfg.exemplars} exemplars of each context")
 
     wrapped = accelerate(cim, machine)  # what the loop calls; cim has the same weights
+    pairs = torch.compile(make_pairs, fullgraph=True, dynamic=False) if machine.compile else (
+        make_pairs)
     parameters = [p for p in cim.parameters() if p.requires_grad]
     loader = iter(make_loader(contexts_of(source, indices, cfg),
                               micro_batches(cfg, plan, machine.rank, range(start, plan.stop)),
@@ -441,18 +451,17 @@ def main(argv=None):
     signals = [] if cfg.bench else catch_signals()
     broken = machine.send(torch.tensor(0))  # the first step whose gradient was not finite
     row = saved["row"] if saved else None  # the last one of the log
+    u = uniforms(cfg, (4, start), cfg.batch_size)
     cim.train()
     for step in range(start, plan.stop):
         lr = learning_rate(step, plan.total, plan.peak, plan.warmup)
         tau = target_decay(step, plan.total, cfg.tau)
         set_learning_rate(optimizer, lr)
-        # Each process draws the numbers of the whole step and keeps its part.
-        u = uniforms(cfg, (4, step), cfg.batch_size).chunk(machine.world)[machine.rank]
         loss = 0
-        for k, rows in enumerate(u.split(plan.micro)):
+        mine = u.chunk(machine.world)[machine.rank]  # u are the numbers of all processes
+        for k, rows in enumerate(mine.split(plan.micro)):
             contexts, _ = clock.fetch(loader)
-            context, exemplars, maps, _ = make_pairs(
-                machine.send(contexts), machine.send(rows), cfg)
+            context, exemplars, maps, _ = pairs(machine.send(contexts), machine.send(rows), cfg)
             with machine.accumulating(wrapped, last=k == plan.accumulate - 1):
                 with machine.autocast():
                     part, _ = wrapped(context, exemplars, maps)
@@ -463,6 +472,7 @@ def main(argv=None):
         optimizer.step()
         optimizer.zero_grad()
         cim.update_target(tau)
+        u = uniforms(cfg, (4, step + 1), cfg.batch_size)  # while a GPU is at work
         if cfg.bench:
             clock.tick(machine)
             continue
@@ -539,8 +549,7 @@ def describe(cfg, machine, plan, start, data, model):
     if machine.rank == 0:
         print(f"data     {cfg.data}: {data}\n"
               f"model    {model}\n"
-              f"machine  {machine.world} x {machine.device}, {machine.dtype}"
-              f"{', compiled' if machine.compile else ''}\n"
+              f"machine  {machine.world} x {machine.device}, {machine.dtype}\n"
               f"batch    {cfg.batch_size} = {machine.world} processes x {plan.accumulate} "
               f"micro-batches x {plan.micro} images\n"
               f"lr       {cfg.lr:g} x {cfg.batch_size} / {cfg.lr_batch} = {plan.peak:.3g}, after "
@@ -659,9 +668,10 @@ def setup_machine(device="auto", dtype="auto", compile="auto"):
     elif device == "cuda":
         index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if local > count:
+        if local > count > 1 or index >= count > 1:
             raise InputError(f"{local} processes on {count} GPUs: start at most "
                              f"--nproc_per_node={count}")
+        index = index if count > 1 else 0  # some launchers show each process its own GPU alone
         torch.cuda.set_device(index)
         native = torch.cuda.get_device_capability() >= (8, 0)
     if dtype == "auto":
@@ -673,11 +683,30 @@ def setup_machine(device="auto", dtype="auto", compile="auto"):
         store, *_ = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # nodes count restarts each for itself
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
-                                world_size=world, timeout=timedelta(minutes=30),
-                                device_id=device if cuda else None)
-    return Machine(device, rank, world, dtype,
-                   device.type == "cuda" if compile == "auto" else compile == "true")
+        try:
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
+                                    world_size=world, timeout=timedelta(minutes=30),
+                                    device_id=device if cuda else None)
+        except RuntimeError as error:  # a network interface, two processes on one GPU, ...
+            raise InputError(f"process {rank} cannot join the others: {error}") from error
+    return Machine(device, rank, world, dtype, can_compile(compile, device))
+
+
+def can_compile(asked, device):
+    """Whether to compile: "auto" does on CUDA if a trial works, which needs Triton and a C compiler.
+    Raises InputError if it is asked for and the trial fails."""
+    if asked == "false" or asked == "auto" and device.type != "cuda":
+        return False
+    try:
+        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
+        return True
+    except Exception as error:  # of many kinds
+        reason = f"torch.compile does not work here ({str(error).strip().splitlines()[0]})"
+        if asked == "true":
+            raise InputError(f"--compile=true: {reason}") from error
+        if os.environ.get("RANK", "0") == "0":
+            print(f"warning: {reason}; going on without it", file=sys.stderr)
+        return False
 
 
 # --------------------------------------------------------------------------------- 9. the loader

@@ -3,8 +3,9 @@
 In lecture order: 1. crops (paper 3.2, Figure 3, Table 1); 2. images; 3. the model (Figure 2,
 Eqs. 2-7); 4. ablations (Tables 1 to 4, Figure 4); 5. training (Table 9); 6. honesty: does it learn
 what it says; 7. transfer (Tables 10, 11); 8. evaluation (Table 8); 9. segmentation (Table 7);
-10. survival; 11. files and bad input. Nothing is downloaded, no GPU is needed. `pytest -k map` runs
-the tests with "map" in their name; `pytest -m soak` the one that takes long.
+10. survival; 11. files and bad input; 12. compilation and GPUs, skipped where there is no CUDA.
+Nothing is downloaded. `pytest -k map` runs the tests with "map" in their name; `pytest -m soak` the
+one that takes long.
 """
 
 import argparse
@@ -23,7 +24,7 @@ import time
 import types
 import zlib
 from fractions import Fraction
-from functools import partial
+from functools import partial, partialmethod
 
 import numpy as np
 import pytest
@@ -2100,3 +2101,190 @@ def test_flags_beat_presets_and_both_spellings_work():
                  "--freeze_patch_embed", "--flip=0")
     assert (cfg.lr, cfg.ratio, cfg.scale, cfg.flip) == (0.5, (0.25, 4.0), (0.1, 0.2), 0.0)
     assert cfg.freeze_patch_embed is True and cfg.data == "shapes"
+
+
+# ------------------------------------------------------------------- 12. compilation and GPUs
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device here")
+
+
+@pytest.fixture
+def alone():
+    """Opens a process group of this process alone: DDP and its hooks without a second process."""
+    def begin(backend):
+        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0,
+                                             world_size=1)
+
+    yield begin
+    torch.distributed.destroy_process_group()
+    torch._dynamo.reset()
+
+
+def test_ddp_compiles_each_block_once(alone, monkeypatch, capsys):
+    """DDP's own splitter would cut a block of ViT-B, 28 MB, where a bucket of 25 MB ends; one
+    process shows on how many graphs eight would run."""
+    from torch._dynamo.testing import CompileCounter
+    counter, compile_ = CompileCounter(), nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", partialmethod(compile_, backend=counter))
+    alone("gloo")
+    machine = dataclasses.replace(CPU, world=2, compile=True)
+    blocks = nn.Sequential(*(model.Block(768) for _ in range(2)))
+    x = torch.randn(1, 2, 768, requires_grad=True)
+    pretrain.accelerate(blocks, machine)(x).sum().backward()
+    assert counter.frame_count == 1 and "compiled 2 Block" in capsys.readouterr().out
+
+
+def test_a_resnet_with_synchronised_batchnorm_is_not_compiled(monkeypatch, capsys):
+    """SyncBatchNorm breaks the graph at each of 53 layers, so accelerate leaves it and says so."""
+    monkeypatch.setattr(pretrain.Machine, "syncs_batchnorm", True)
+    net = model.ResNet50()
+    pretrain.accelerate(net, dataclasses.replace(CPU, compile=True))
+    assert net._compiled_call_impl is None
+    assert "compiled nothing, since the BatchNorms" in capsys.readouterr().out
+
+
+def test_compiled_hue_equals_eager():
+    """The largest channel is found without an exact division, which a compiler need not give."""
+    x, shift = rand(4, 3, 32, 32).float(), rand(4, 1, 1, 1).float()
+    compiled = torch.compile(crop.shift_hue, fullgraph=True)
+    try:
+        got = compiled(x, shift)
+    except torch._dynamo.exc.TorchDynamoException as error:
+        pytest.skip(f"nothing compiles here: {type(error).__name__}")
+    torch.testing.assert_close(got, crop.shift_hue(x, shift), atol=1e-5, rtol=0)
+
+
+def test_upsampling_equals_torchs():
+    """Two matrix products equal F.interpolate in float64, to 1e-14, and so does their gradient."""
+    for h, size in (10, 160), (8, 64), (5, 12), (6, 4):
+        y = rand(2, 3, h, h, seed=h).requires_grad_()
+        outs = model.upsample(y, size), F.interpolate(y, size=(size, size), mode="bilinear")
+        weights = rand(2, 3, size, size, seed=1)
+        grads = [torch.autograd.grad((out * weights).sum(), y)[0] for out in outs]
+        for a, b in (outs, grads):
+            assert (a - b).abs().max() < 1e-14 * size
+    with torch.autocast("cpu", torch.bfloat16):
+        assert model.upsample(y.float(), 4).dtype == torch.float32
+        torch.testing.assert_close(model.upsample(y.float(), 4), outs[0].float())
+
+
+def test_make_pairs_is_one_graph_that_does_not_depend_on_the_numbers():
+    """The training loop compiles it with fullgraph and static shapes: once, not once a step."""
+    from torch._dynamo.testing import CompileCounter
+    counter = CompileCounter()
+    pairs = torch.compile(pretrain.make_pairs, backend=counter, fullgraph=True, dynamic=False)
+    cfg, contexts = config(*TINY), first_images(crop.Shapes("val"), 2, 64)
+    for step in range(3):
+        u = pretrain.uniforms(cfg, (4, step), 2)
+        for a, b in zip(pairs(contexts, u, cfg), pretrain.make_pairs(contexts, u, cfg)):
+            assert torch.equal(a, b)
+    assert counter.frame_count == 1
+
+
+def test_compilation_falls_back_where_it_is_not_asked_for(monkeypatch, capsys):
+    """Without Triton or a C compiler `auto` goes on with one sentence, and `true` is an error."""
+    def fail(*_, **__):
+        raise RuntimeError("no compiler\nand much more")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    assert pretrain.can_compile("auto", types.SimpleNamespace(type="cpu")) is False
+    assert not capsys.readouterr().err
+    monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
+    assert pretrain.can_compile("auto", types.SimpleNamespace(type="cuda")) is False
+    assert "does not work here (no compiler); going on" in capsys.readouterr().err
+    with pytest.raises(InputError, match="--compile=true: torch.compile does not work"):
+        pretrain.setup_machine("cpu", "float32", "true")
+
+
+@pytest.mark.parametrize("gpus, rank, local, index", [
+    (8, 3, 8, 3), (1, 0, 1, 0), (1, 3, 4, 0), (2, 1, 4, None), (2, 3, 1, None)])
+def test_each_process_takes_its_gpu(gpus, rank, local, index, monkeypatch):
+    """LOCAL_RANK numbers the GPUs, unless a launcher shows each process one alone."""
+    monkeypatch.setenv("LOCAL_RANK", str(rank))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    for name, value in dict(is_available=True, current_accelerator=torch.device("cuda")).items():
+        monkeypatch.setattr(torch.accelerator, name, lambda value=value: value)
+    for name, value in dict(device_count=gpus, set_device=None,
+                            get_device_capability=(9, 0)).items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    with contextlib.nullcontext() if index is not None else pytest.raises(InputError, match="GPUs"):
+        machine = pretrain.setup_machine(compile="false")
+        assert (machine.device, machine.dtype) == (torch.device("cuda", index), "bfloat16")
+
+
+@pytest.mark.parametrize("gigabytes, micro", [(16, 128), (24, 128), (80, 512)])
+def test_the_micro_batch_of_a_gpu_fits_its_memory(gigabytes, micro, monkeypatch):
+    """About 100 MB for each context; of the numbers that divide a batch of 4096 the largest."""
+    memory = types.SimpleNamespace(total_memory=gigabytes * 10**9)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
+    machine = dataclasses.replace(CPU, device=torch.device("cuda", 0))
+    assert pretrain.make_plan(config(), machine, 20_000).micro == micro
+
+
+@gpu
+def test_pairs_on_a_gpu_equal_those_on_the_cpu():
+    """The same uniform numbers give the same pairs on CUDA, eager and compiled."""
+    contexts, u = first_images(crop.Shapes("val"), 8, 64), rand(8, 7, crop.UNIFORMS).float()
+    expected = crop.make_pairs(contexts, u, 32)
+    for pairs in crop.make_pairs, torch.compile(crop.make_pairs, fullgraph=True, dynamic=False):
+        for got, want in zip(pairs(contexts.cuda(), u.cuda(), 32), expected):
+            assert ((got.cpu() - want).abs() > 1e-3).double().mean() < 1e-3
+
+
+@gpu
+@pytest.mark.parametrize("flags, tolerance", [
+    ("", 2e-3), ("--compile=true", 2e-3), ("--compile=true --dtype=bfloat16", 2e-2)])
+def test_twenty_steps_on_a_gpu_follow_those_on_the_cpu(flags, tolerance, tmp_path):
+    """The loss of each step, in float32, compiled, and in bf16 (its rounding: 4e-3)."""
+    rows = (demo(tmp_path / device, "--max_steps=20", f"--device={device}", "--compile=false",
+                 *(flags.split() if device == "cuda" else [])) for device in ("cpu", "cuda"))
+    cpu, cuda = ([row["loss"] for row in log] for log in rows)
+    assert cuda == pytest.approx(cpu, rel=tolerance)
+
+
+@gpu
+@pytest.mark.parametrize("n, m, d", [(17, 17, 64), (101, 101, 64), (100, 17, 32)])
+def test_attention_on_a_gpu_is_exact_to_its_rounding(n, m, d):
+    """The three shapes of a step, in bf16 against float64: output and gradients to 1% in norm."""
+    exact = [torch.randn(6, 3, k, d, dtype=torch.float64, device="cuda") for k in (n, m, m, n)]
+    results = []
+    for attention, dtype in ((F.scaled_dot_product_attention, torch.float64),
+                             (model.attend, torch.bfloat16)):
+        q, k, v = (x.to(dtype, copy=True).requires_grad_() for x in exact[:3])
+        out = attention(q, k, v)
+        out.backward(exact[3].to(dtype))
+        results.append([out, q.grad, k.grad, v.grad])
+    for want, got in zip(*results):
+        assert (got - want).norm() < 0.01 * want.norm()
+
+
+@gpu
+def test_one_process_under_nccl_equals_one_without(alone):
+    """DDP, accumulation over two micro-batches and compiled blocks give the same gradients."""
+    alone("nccl")
+    plain = pretrain.setup_machine("cuda", "float32", "true")
+    cfg, grads = config(*TINY), []
+    for machine in plain, dataclasses.replace(plain, world=2):
+        cim, _ = pretrain.build(cfg, machine)
+        wrapped = pretrain.accelerate(cim, machine)
+        for step, last in (0, False), (1, True):
+            contexts = machine.send(first_images(crop.Shapes("val"), 8, 64))
+            u = machine.send(pretrain.uniforms(cfg, (4, step), 8))
+            with machine.accumulating(wrapped, last):
+                wrapped(*pretrain.make_pairs(contexts, u, cfg)[:3])[0].backward()
+        grads.append([p.grad for p in cim.parameters() if p.requires_grad])
+    for a, b in zip(*grads):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
+
+
+@gpu
+def test_a_deterministic_gpu_run_goes_on_bit_for_bit(tmp_path):
+    """README's line for CUDA: a run of six steps equals one of three that goes on."""
+    code = ("import torch, pretrain; torch.use_deterministic_algorithms(True); "
+            "pretrain.run(pretrain.main)")
+    for out, steps in ("a", 6), ("b", 3), ("b", 6):
+        result = command("-c", code, *TINY, "--device=cuda", f"--max_steps={steps}",
+                         f"--out={tmp_path / out}", CUBLAS_WORKSPACE_CONFIG=":4096:8")
+        assert result.returncode == 0, result.stderr
+    a, b = encoder_of(tmp_path / "a"), encoder_of(tmp_path / "b")
+    assert all(torch.equal(a[key], b[key]) for key in a)
