@@ -366,15 +366,24 @@ def paint(x):
 
 
 def paint_map(p, picture):
-    """Probabilities p [m, m] over a context's picture: gray, lit up where p is high."""
+    """Probabilities p [m, m] over a context's picture: gray, lit up where p is high, with a step at
+    0.5, so that one sees what the map takes in."""
     back = np.asarray(picture.convert("L"), dtype=np.float32)[..., None] * 0.45
     glow = np.array([255, 196, 0]) * 0.75 + back * 0.55
     p = p.numpy()[..., None]
-    return Image.fromarray((back * (1 - p) + glow * p).clip(0, 255).astype(np.uint8))
+    light = 0.5 * p + 0.5 * (p > 0.5)
+    return Image.fromarray((back * (1 - light) + glow * light).clip(0, 255).astype(np.uint8))
+
+
+def map_iou(maps, logits):
+    """IoU of true maps [..., m, m] and of what logits [..., m, m] say at a probability of 0.5."""
+    found, true = logits > 0, maps > 0
+    return (found & true).sum((-2, -1)) / (found | true).sum((-2, -1)).clamp(min=1)
 
 
 def contact_sheet(context, exemplars, maps, theta, logits=None, tile=TILE):
-    """A picture of normalised pairs: context with its boxes, exemplars, maps, predicted maps.
+    """A picture of normalised pairs: context with its boxes, exemplars, maps, and predicted maps
+    with their IoU.
 
     context [B, 3, m, m], exemplars [B, K, 3, n, n], maps and logits [B, K, m, m], theta
     [B, K, 2, 3], on the CPU -> PIL image, one band for each of the B contexts. The side of a box
@@ -407,6 +416,10 @@ def contact_sheet(context, exemplars, maps, theta, logits=None, tile=TILE):
                 y = top + r * (tile + gap)
                 sheet.paste(image.resize((tile, tile), Image.BICUBIC), (x, y))
                 draw.rectangle([x, y, x + tile - 1, y + tile - 1], None, colour, tile // 48)
+            if logits is not None:
+                draw.text((x + tile // 16, y + tile - tile // 16),
+                          f"IoU {100 * map_iou(maps[b, k], logits[b, k]):.0f}%", "white", font,
+                          anchor="ls", stroke_width=tile // 32, stroke_fill="black")
             draw.line([x, top, x + tile - 1, top], colour, tile // 16)
     return sheet
 
@@ -502,23 +515,39 @@ class Pictures:
         return self.dataset[i][0]
 
 
+INKS = np.array([[214, 40, 57], [244, 140, 6], [56, 142, 60], [2, 136, 209], [94, 53, 177],
+                 [40, 40, 48]], dtype=np.float32)
+PAPER = np.array([250, 243, 221], dtype=np.float32)
+
+MOTIFS = {  # how far a point is inside the ink, of x and y in repeats from the middle of one
+    "stripes": lambda x, y: 0.25 - abs(x),
+    "checks": lambda x, y: np.sign(x * y) * np.minimum(abs(x), abs(y)),
+    "dots": lambda x, y: 0.33 - np.hypot(x, y),
+    "rings": lambda x, y: 0.13 - abs(np.hypot(x, y) - 0.29),
+    "zigzag": lambda x, y: 0.25 - abs((x + abs(y) + 0.5) % 1 - 0.5),
+    "grid": lambda x, y: np.maximum(abs(x), abs(y)) - 0.36,
+    "triangles": lambda x, y: np.minimum(0.24 - 0.6 * y, 0.6 * y + 0.21 - 1.2 * abs(x)),
+    "crosses": lambda x, y: np.minimum(0.12 - np.minimum(abs(x), abs(y)),
+                                       0.42 - np.maximum(abs(x), abs(y))),
+}
+
+
 class Shapes:
-    """Generated scenes: a textured background, small shapes, and one main shape, the class.
+    """Generated scenes: quilts whose patches each have a motif, turned and scaled, in one ink. Half
+    of the patches have the motif that is the class, the others any. As in life, images are many and
+    labels few: the first LABELLED of a split have one.
 
     Scene i of a split is a function of (split, i) alone; train and val share no scene."""
 
     SIDE = 96  # pixels
-    SIZES = {"train": 4_800, "val": 800}
-    RADII = {  # of the corners of a shape, at equal angles
-        "circle": [1] * 40, "ring": [1] * 40, "triangle": [1] * 3, "square": [1] * 4,
-        "hexagon": [1] * 6, "star": [1, 0.4] * 5, "spark": [1, 0.3] * 4,
-        "gear": [1, 1, 0.7, 0.7] * 7,
-    }
-    classes = list(RADII)
+    SIZES = {"train": 19_200, "val": 800}
+    LABELLED = 800
+    classes = list(MOTIFS)
 
     def __init__(self, split):
         self.split, self.number = split, list(self.SIZES).index(split)
-        self.labels = [i % len(self.classes) for i in range(self.SIZES[split])]
+        self.labels = [i % len(self.classes) if i < self.LABELLED else -1
+                       for i in range(self.SIZES[split])]
 
     def __len__(self):
         return len(self.labels)
@@ -527,45 +556,26 @@ class Shapes:
         return f"shapes {self.split} scene {i}"
 
     def open(self, i):
-        rng = np.random.default_rng((self.number, i))
-        colours = Image.fromarray(rng.integers(0, 256, (3, 3, 3), dtype=np.uint8))
-        scene = colours.resize((self.SIDE, self.SIDE), Image.BICUBIC)
-        scene = Image.blend(scene, self._texture(rng, self.SIDE), 0.35)
-        for _ in range(rng.integers(3, 7)):
-            shape = self.classes[rng.integers(len(self.classes))]
-            self._draw(scene, rng, shape, rng.uniform(0.08, 0.2))
-        self._draw(scene, rng, self.classes[self.labels[i]], rng.uniform(0.26, 0.38))
-        return scene
-
-    def _texture(self, rng, side):
-        """Two colours mixed by a product of two plane waves: stripes, checks or a smooth ramp."""
-        at = np.arange(side, dtype=np.float32) * (2 * math.pi / self.SIDE)
-        waves = rng.uniform(64, 256)
-        for frequency in (rng.uniform(0.3, 9), max(0, rng.uniform(-9, 9))):
-            a, phase = rng.uniform(0, 2 * math.pi, 2).tolist()
-            x, y = at * (frequency * math.cos(a)) + phase, at * (frequency * math.sin(a))
-            waves = waves * np.cos(x + y[:, None])
-        mix = Image.fromarray((waves + 128).clip(0, 255).astype(np.uint8))
-        one, other = (Image.new("RGB", mix.size, tuple(colour))
-                      for colour in rng.integers(0, 256, (2, 3)).tolist())
-        return Image.composite(one, other, mix)
-
-    def _draw(self, scene, rng, shape, radius):
-        """Paste one turned, stretched shape of `radius`, a fraction of the side, plain or not."""
-        radius *= self.SIDE
-        side = 2 * math.ceil(radius) + 1
-        left, top = rng.uniform(-0.3 * radius, self.SIDE - 1.7 * radius, 2).astype(int).tolist()
-        r = np.array(self.RADII[shape]) * radius
-        angle = rng.uniform(0, 2 * math.pi) + 2 * math.pi * np.arange(len(r)) / len(r)
-        outline = np.stack([r * np.cos(angle), r * np.sin(angle) * rng.uniform(0.8, 1)], 1)
-        mask = Image.new("L", (side, side))
-        draw = ImageDraw.Draw(mask)
-        draw.polygon((outline + side / 2).ravel().tolist(), fill=255)
-        if shape == "ring":
-            draw.polygon((outline * 0.55 + side / 2).ravel().tolist(), fill=0)
-        plain = rng.random() < 0.5
-        fill = tuple(rng.integers(0, 256, 3).tolist()) if plain else self._texture(rng, side)
-        scene.paste(fill, (left, top, left + side, top + side), mask)
+        rng, motifs = np.random.default_rng((self.number, i)), len(MOTIFS)
+        n = rng.integers(8, 15)  # patches
+        xy = np.mgrid[:self.SIDE, :self.SIDE].astype(np.float32)
+        # A point belongs to the nearest of n centres, each of which measures in its own units.
+        centres = rng.uniform(0, self.SIDE, (2, n, 1, 1)).astype(np.float32)
+        units = rng.uniform(0.6, 1.4, (2, n, 1, 1)).astype(np.float32)
+        patch = np.square((xy[:, None] - centres) * units).sum(0).argmin(0)  # [SIDE, SIDE]
+        own = rng.random(n) < 0.5
+        motif = np.where(own, i % motifs, rng.integers(0, motifs, n))[patch]
+        period = rng.uniform(8, 16, n).astype(np.float32)  # pixels
+        angle = rng.uniform(0, 2 * math.pi, n).astype(np.float32)
+        cos, sin = (np.cos(angle) / period)[patch], (np.sin(angle) / period)[patch]
+        x, y = xy[1] * cos + xy[0] * sin, xy[0] * cos - xy[1] * sin
+        x, y = x - np.rint(x), y - np.rint(y)
+        inside = np.zeros_like(x)
+        for k, formula in enumerate(MOTIFS.values()):
+            inside[motif == k] = formula(x[motif == k], y[motif == k])
+        share = (inside * period[patch] + 0.5).clip(0, 1)[..., None]  # of ink, in pixels
+        ink = INKS[rng.integers(0, len(INKS), n)][patch]
+        return Image.fromarray((PAPER + (ink - PAPER) * share).astype(np.uint8))
 
 
 def read_classes(path):

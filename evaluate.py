@@ -411,14 +411,13 @@ def map_scores(maps, logits, mean):
     def entropy(x):
         return F.binary_cross_entropy_with_logits(x, maps, reduction="none").mean((2, 3))
 
-    found, true = logits > 0, maps > 0
-    iou = (found & true).sum((2, 3)) / (found | true).sum((2, 3)).clamp(min=1)
-    return torch.stack([entropy(logits), entropy(mean.logit().expand_as(maps)), iou], -1)
+    return torch.stack([entropy(logits), entropy(mean.logit().expand_as(maps)),
+                        crop.map_iou(maps, logits)], -1)
 
 
 def save_strip(cfg, count=6):
-    """strip.png from the run's maps/STEP.png: the first whole, below it the predicted maps of later
-    ones, at about equal ratios of steps."""
+    """strip.png from the run's maps/STEP.png: of the first one the exemplars and their maps, below
+    them the predicted maps of some steps, from the first to the last one."""
     paths = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(cfg.ckpt)), "maps", "*.png")))
     if not paths:
         return
