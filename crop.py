@@ -444,23 +444,26 @@ def open_image(path):
 def find_images(root):
     """Paths of the image files below `root` at any depth, relative to it, sorted.
 
-    Links are followed, and each real folder is visited once, so that loops end. Raises InputError
-    where a folder cannot be read."""
+    Links to folders are followed after all else, and each real folder is visited once, so that
+    loops end and a folder's images stay where they really are. Raises InputError where a folder
+    cannot be read."""
     def complain(error):
         raise InputError(f"cannot look into the folder {error.filename!r}: {error.strerror}")
 
-    found, visited = [], set()
-    for folder, inner, files in os.walk(root, followlinks=True, onerror=complain):
-        if os.path.realpath(folder) in visited:
-            inner.clear()
-            continue
-        visited.add(os.path.realpath(folder))
-        inner[:] = sorted(name for name in inner if not name.startswith("."))
-        for name in files:
-            path = os.path.join(folder, name)
-            if (name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-                    and os.path.isfile(path)):  # a pipe would never answer
-                found.append(os.path.relpath(path, root))
+    found, visited, tops = [], set(), [root]
+    for top in tops:  # the root, and the links that are met
+        for folder, inner, files in os.walk(top, onerror=complain):
+            if os.path.realpath(folder) in visited:
+                inner.clear()
+                continue
+            visited.add(os.path.realpath(folder))
+            inner[:] = sorted(name for name in inner if not name.startswith("."))
+            tops += [path for name in inner if os.path.islink(path := os.path.join(folder, name))]
+            for name in files:
+                path = os.path.join(folder, name)
+                if (name.lower().endswith(EXTENSIONS) and not name.startswith(".")
+                        and os.path.isfile(path)):  # a pipe would never answer
+                    found.append(os.path.relpath(path, root))
     return sorted(found)
 
 
@@ -582,6 +585,8 @@ def read_classes(path):
     """The class folders named in a file, one a line (None for an empty path: all of them)."""
     if not path:
         return None
+    if not os.path.isfile(path):
+        raise InputError(f"cannot read the class list {path!r}: there is no such file")
     try:
         with open(path, encoding="utf-8-sig") as f:
             names = [line.strip() for line in f if line.strip()]
@@ -645,11 +650,16 @@ def train_and_val(data, seed, classes=None, held_out=256):
             "are held out")
 
 
-def describe_data(train, held_out, classes=()):
+def describe_data(train, held_out, out, classes=()):
     """What a checkpoint keeps of its data, to know them again: the number of images, a hash of the
-    names of all, the classes in order. train, held_out: (source, indices)."""
+    names of all, the classes in order. train, held_out: (source, indices). Raises InputError where
+    the run's folder `out` lies among the images, since its pictures would become data."""
     names = hashlib.sha256()
     for source, indices in (train, held_out):
+        root = os.path.realpath(getattr(source, "root", os.devnull))
+        if os.path.realpath(out).startswith(root + os.sep):
+            raise InputError(f"--out {out!r} lies among the images of {source.root!r}, and the "
+                             "run's pictures would become data: name a folder elsewhere")
         for i in indices:
             names.update(os.fsencode(source.name(i)) + b"\0")
     return {"number of images": len(train[1]), "hash of their names": names.hexdigest()[:16],

@@ -16,6 +16,7 @@
     8. maps        of a pre-trained model (Figures 5 and 6)
 """
 
+import contextlib
 import glob
 import json
 import os
@@ -26,14 +27,14 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageFont
 
 import crop
 import finetune
 import pretrain
 from crop import InputError
-from finetune import (Batches, accuracy, centre_crops, check_size, labelled_data, load_weights,
-                      match_labels, mean_iou, open_scenes, read_weights, whole_scenes)
+from finetune import (Batches, accuracy, centre_crops, check_outputs, check_size, labelled_data,
+                      load_weights, match_labels, mean_iou, open_scenes, read_weights, whole_scenes)
 from model import ENCODERS, Classifier, Segmenter
 from pretrain import (Count, Positive, Real, Share, Switch, Whole, Workers, load_checkpoint, number,
                       parse_config, restore, run, save_picture, save_text, setup_machine)
@@ -122,10 +123,11 @@ def load_model(cfg, machine):
         elif name == "auto" or cfg.use_target:
             raise InputError("--ckpt=scratch needs --model, and has no target")
         recipe, classes = finetune.Config(), saved.get("classes")  # of a model.pt
-        if classes:
+        if classes is not None:
             recipe = restore(finetune.Config, saved.get("config"), cfg.ckpt)
-            if not isinstance(classes, list) or not all(isinstance(c, str) for c in classes):
-                raise InputError(f"{cfg.ckpt!r} holds no list of the names of its classes")
+            if not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)
+                    and isinstance(saved.get("top1", saved.get("miou")), float)):
+                raise InputError(f"{cfg.ckpt!r} lacks the names of its classes, or its score")
         kind = "encoder" if not classes else "segmenter" if recipe.segments else "classifier"
         fitting = {"miou": ["segmenter"], "knn": ["encoder", "classifier"]}
         fitting = fitting.get(cfg.bench, ["classifier"])
@@ -151,7 +153,7 @@ def class_folders(folder, known, machine, keep=None):
     with machine.first():
         source = crop.open_images(folder, "val", keep)
         labels = match_labels(source, known, folder)
-        if os.path.isdir(folder) and keep is None:
+        if folder not in crop.BUILT_IN and keep is None:
             folders = {f.name for f in os.scandir(folder) if f.is_dir() and f.name[0] != "."}
             empty = sorted(folders - set(source.classes))
             if empty:
@@ -166,7 +168,7 @@ def class_folders(folder, known, machine, keep=None):
 def validation_folder(data):
     """val/ if there is one, else the folder itself (or a built-in source)."""
     folder = os.path.join(data, "val")
-    return folder if os.path.isdir(folder) else data
+    return folder if data not in crop.BUILT_IN and os.path.isdir(folder) else data
 
 
 def top1(cfg, machine, attack=None):
@@ -189,7 +191,7 @@ def normalised_features(model, images, count, machine):
         for x, numbers in images:
             with machine.autocast():
                 features = model.features(crop.normalize(x.float() / 255))
-            table[machine.send(numbers)] = F.normalize(features.float())
+            table[machine.send(numbers)] = F.normalize(check_outputs(features.float()))
     machine.sum(table)
     seen = table.any(1)  # the rows of other images are 0
     return table[seen], seen.nonzero().squeeze(1).cpu()
@@ -202,7 +204,8 @@ def vote(queries, bank, labels, classes, k, temperature):
     for q in queries.split(max(1, 2**26 // len(bank))):  # 256 MB of cosines at a time
         cosine, nearest = (q @ bank.T).topk(min(k, len(bank)))
         votes = torch.zeros(len(q), classes, device=q.device)
-        weights = ((cosine - 1) / temperature).exp()  # - 1: the same vote, no overflow
+        # Relative to the nearest: the same vote, which neither overflows nor vanishes.
+        weights = ((cosine - cosine[:, :1]) / max(temperature, 1e-6)).exp()
         votes.scatter_add_(1, labels[nearest], weights)
         chosen.append(votes.argmax(1))
     return torch.cat(chosen)
@@ -303,7 +306,8 @@ def imagenet_c(cfg, machine):
     model, classes, view, clean = load_model(cfg, machine)
     errors, n, found = {}, 0, None
     for name in ALEXNET:
-        for folder in (os.path.join(cfg.data, name), *glob.glob(os.path.join(cfg.data, "*", name))):
+        deeper = glob.glob(os.path.join(glob.escape(cfg.data), "*", name))
+        for folder in (os.path.join(cfg.data, name), *deeper):
             severities = [os.path.join(folder, severity) for severity in "12345"]
             if name in errors or not all(map(os.path.isdir, severities)):
                 continue
@@ -369,7 +373,9 @@ def maps(cfg, machine):
     IoU of its maps at 0.5, over a whole folder; figures.png; and strip.png, how the maps of one
     image came about in the run."""
     saved = load_checkpoint(cfg.ckpt)
-    if saved is None or "decoder_width" not in saved["config"]:
+    if saved is None:
+        raise InputError(f"there is no file {cfg.ckpt!r}")
+    if "decoder_width" not in saved["config"]:
         raise InputError(f"--bench=maps takes the ckpt.pt of a pre-training run, not {cfg.ckpt!r}")
     recipe = restore(pretrain.Config, saved["config"], cfg.ckpt)
     cim, optimizer = pretrain.build(recipe, machine)
@@ -384,7 +390,7 @@ def maps(cfg, machine):
     def predict(contexts, numbers):  # -> context, exemplars, maps, theta, logits
         pairs = pretrain.make_pairs(contexts, machine.send(u[numbers]), recipe)
         with pretrain.measuring(cim, machine):
-            return *pairs, cim(*pairs[:3])[1].float()
+            return *pairs, check_outputs(cim(*pairs[:3])[1].float())
 
     table = torch.zeros(len(source), recipe.exemplars, 3, device=machine.device)
     for contexts, numbers in Batches(dataset, cfg.workers, machine, batch=16):
@@ -418,19 +424,27 @@ def map_scores(maps, logits, mean):
 def save_strip(cfg, count=6):
     """strip.png from the run's maps/STEP.png: of the first one the exemplars and their maps, below
     them the predicted maps of some steps, from the first to the last one."""
-    paths = sorted(glob.glob(os.path.join(glob.escape(os.path.dirname(cfg.ckpt)), "maps", "*.png")))
-    if not paths:
+    sheets = {}
+    for path in glob.glob(os.path.join(glob.escape(os.path.dirname(cfg.ckpt)), "maps", "*.png")):
+        with contextlib.suppress(Exception):  # a picture of something else, or a torn one
+            sheets[int(os.path.splitext(os.path.basename(path))[0])] = crop.to_rgb(
+                crop.open_image(path))
+    steps = sorted(step for step in sheets if sheets[step].size == sheets[max(sheets)].size)
+    if not steps:
         return
-    strip = Image.open(paths[0])
     row = crop.TILE + crop.TILE // 12  # a tile and the gap below it
-    for k in sorted({round(k) - 1 for k in np.geomspace(1, len(paths), count)} - {0}):
-        sheet = Image.open(paths[k])
-        band = sheet.crop((0, sheet.height - row, sheet.width, sheet.height))
-        band.paste("white", (0, 0, 3 * row, row))  # over the context
-        step = int(os.path.splitext(os.path.basename(paths[k]))[0])
-        ImageDraw.Draw(band).text((2 * row, row // 2), f"step {step}", "#333333", anchor="lm")
-        strip = Image.fromarray(np.concatenate([strip, band]))
-    save_picture(os.path.join(folder_of(cfg), "strip.png"), strip)
+    font, bands = ImageFont.load_default(crop.TILE // 7), []
+    for k in sorted({round(k) - 1 for k in np.geomspace(1, len(steps), count)}):
+        band = sheets[steps[k]]
+        if bands:  # a later one
+            band = band.crop((0, band.height - row, band.width, band.height))
+            band.paste("white", (0, 0, 3 * row, row))  # over the context
+        edge, middle = 3 * row + crop.TILE * 3 // 4, band.height - row // 2
+        band.paste("white", (3 * row, band.height - row, edge, band.height))  # over "predicted"
+        ImageDraw.Draw(band).text((edge - 4, middle), f"step {steps[k]}", "#333333", font,
+                                  anchor="rm")
+        bands.append(band)
+    save_picture(os.path.join(folder_of(cfg), "strip.png"), Image.fromarray(np.concatenate(bands)))
 
 
 BENCHES = {"top1": top1, "knn": knn, "fgsm": attacked, "pgd": attacked, "imagenet_c": imagenet_c,

@@ -44,8 +44,8 @@ from torchvision.transforms import v2
 import crop
 from crop import InputError
 from model import ENCODERS, Classifier, Segmenter, resize_positions
-from pretrain import (Clock, Count, Decay, Pair, Pixels, Positive, Real, Share, Switch, Whole, Workers,
-                      accelerate, begin_run, bench_report, catch_signals, check_finite,
+from pretrain import (Clock, Count, Decay, Pair, Pixels, Positive, Real, Share, Switch, Whole,
+                      Workers, accelerate, begin_run, bench_report, catch_signals, check_finite,
                       check_same_start, count_gflop, describe, learning_rate, load_checkpoint,
                       make_loader, make_plan, measuring, micro_batches, number, parameter_groups,
                       parse_config, plain, plain_time, run, save_checkpoint, save_file,
@@ -93,7 +93,7 @@ class Config:
     smoothing: Decay = 0.1  # of the labels
     bce_threshold: Decay = 0.0  # with bce, targets above it become 1, others 0; 0 leaves them soft
     drop_path: Decay = 0.1  # stochastic depth of a ViT's last block
-    layer_decay: Positive = 0.8  # a layer's learning rate over that of the layer above
+    layer_decay: Part = 0.8  # a layer's learning rate over that of the layer above
     frozen: Switch = False  # linear probe: the encoder stays as it is
     head_width: Count = 768  # segment: channels of UperNet
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd has beta1 as its momentum
@@ -326,6 +326,14 @@ class Batches:
                 reported = now
 
 
+def check_outputs(x):
+    """-> x. Raises InputError where it is not finite: no score could be given."""
+    if not x.isfinite().all():
+        raise InputError("the model's outputs are not finite: its weights are damaged, or --lr was "
+                         "too high when they were trained")
+    return x
+
+
 def accuracy(model, images, labels, machine, among=None, attack=None):
     """-> top-1 and top-5 in percent, mean cross-entropy and the number of images; labels [source].
 
@@ -339,7 +347,7 @@ def accuracy(model, images, labels, machine, among=None, attack=None):
         x = x.float() / 255
         x = attack(model, x, y, numbers) if attack else x
         with measuring(model, machine):
-            logits = model(crop.normalize(x)).float()
+            logits = check_outputs(model(crop.normalize(x)).float())
         logits = logits if among is None else logits[:, among]
         hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
         loss = F.cross_entropy(logits, y, reduction="sum")
@@ -370,7 +378,7 @@ def main(argv=None):
         saved = None if cfg.bench else load_checkpoint(checkpoint)
         weights, origin = None, "none, from scratch"
         if saved:  # the weights are in it
-            encoder, origin = saved["config"]["model"], checkpoint
+            encoder, origin = saved["config"].get("model"), checkpoint
         elif cfg.init == "scratch":
             encoder = SCRATCH.get(cfg.recipe)
         else:
@@ -379,7 +387,7 @@ def main(argv=None):
         (train, rows), (val, val_rows), sentence = (
             scene_data(cfg) if cfg.segments else labelled_data(cfg))
         plan = make_plan(cfg, machine, len(rows))
-        data = crop.describe_data((train, rows), (val, val_rows), train.classes)
+        data = crop.describe_data((train, rows), (val, val_rows), cfg.out, train.classes)
         alone = not (cfg.segments and machine.syncs_batchnorm)  # BatchNorm sees this process only
         if plan.micro == 1 and alone and (cfg.frozen or cfg.segments or cfg.model == "resnet50"):
             raise InputError(f"--batch_size {cfg.batch_size} leaves a process one image at a time, "
@@ -443,7 +451,7 @@ def main(argv=None):
         logs = evaluates or done == 1 or done % cfg.log_every == 0
         saves = last or asked or clock.saves(cfg, done)
         if logs or saves:
-            check_finite(broken, done, lr, *parameters)
+            check_finite(broken, done, lr, *model.state_dict().values())
         if logs:
             row = dict(step=done, epoch=done / plan.per_epoch, loss=machine.mean(loss), lr=lr,
                        grad_norm=grad_norm.item(), **clock.rates(done, cfg.batch_size))
@@ -456,14 +464,17 @@ def main(argv=None):
         if asked and not last:
             stop_early(done, machine)
 
+    done = max(start, plan.stop)
+    if not cfg.bench and (row.get("step"), row.get(measures[0]) is None) != (done, False):
+        row |= measure()  # a stopped run that ends where it was stopped, by another --max_steps
     if cfg.bench:
         gflop = count_gflop(lambda: build_model(cfg, len(train.classes)),
                             (3, cfg.image_size, cfg.image_size))
         bench_report("finetune", cfg, machine, clock, gflop)
     elif machine.rank == 0:
         path = os.path.join(cfg.out, "model.pt")
-        save_model(path, model, cfg, train.classes, **{measures[0]: row.get(measures[0])})
-        print(f"finished after {max(start, plan.stop)} steps; {path} holds the model")
+        save_model(path, model, cfg, train.classes, **{measures[0]: row[measures[0]]})
+        print(f"finished after {done} steps; {path} holds the model")
 
 
 # ----------------------------------------------------------------------------------- 6. weights
@@ -480,7 +491,7 @@ def read_weights(path, use_target=False):
     path: our encoder.pt, ckpt.pt or model.pt, timm's ViT, torchvision's ResNet-50, or the released
     CIM weights. use_target: the moving average of a pre-training checkpoint instead of the online
     encoder. Raises InputError when the file is something else."""
-    if not os.path.exists(path):
+    if not os.path.isfile(path):
         raise InputError(f"there is no file {path!r}: wanted is the encoder.pt that pretrain.py "
                          "writes, another file of weights, or the word scratch")
     try:
@@ -505,12 +516,7 @@ def read_weights(path, use_target=False):
         state = {k.removeprefix(side): v for k, v in state.items()}
     elif use_target:
         state |= {k.replace("_c.", "."): v for k, v in state.items() if "_c." in k}
-    name = identify(state, path)
-    for k, v in state.items():
-        if not k.endswith("num_batches_tracked") and not (  # a BatchNorm's counter
-                v.is_floating_point() and v.layout == torch.strided and v.float().isfinite().all()):
-            raise InputError(f"{path!r}: not all values of {k} are finite floating point numbers")
-    return name, state, saved
+    return identify(state, path), state, saved
 
 
 def identify(state, path):
@@ -521,11 +527,11 @@ def identify(state, path):
         raise InputError(f"{path!r} holds no encoder known here: neither a ViT by timm's names nor "
                          "a ResNet-50 by torchvision's")
     blocks = {k.split(".")[1] for k in state if k.startswith("blocks.")}
-    shape = (state["cls_token"].shape[-1], len(blocks), state["patch_embed.proj.weight"].shape[-1])
-    names = [name for name, known in ENCODERS.items() if known == shape]
+    width, patch = ([0, *state[k].shape][-1] for k in ("cls_token", "patch_embed.proj.weight"))
+    names = [name for name, known in ENCODERS.items() if known == (width, len(blocks), patch)]
     if not names:
-        raise InputError(f"{path!r} holds a ViT of width {shape[0]}, depth {shape[1]} and patch "
-                         f"{shape[2]}; known are {', '.join(ENCODERS)}")
+        raise InputError(f"{path!r} holds a ViT of width {width}, depth {len(blocks)} and patch "
+                         f"{patch}; known are {', '.join(ENCODERS)}")
     return names[0]
 
 
@@ -550,12 +556,20 @@ def load_weights(model, state, path, head=False):
                              f"{' ...' if len(keys) > 5 else ''}; nothing was loaded")
     for name, theirs in wanted.items():
         if theirs not in new:
-            value = state[theirs]
-            if theirs == "pos_embed":
-                value = resize_table(value, mine[name].shape[1])
-            if value.shape != mine[name].shape:
+            value, kind = state[theirs], mine[name]
+            if value.layout != torch.strided or value.is_meta or value.is_nested or (
+                    value.is_floating_point() != kind.is_floating_point()):
+                raise InputError(f"{path!r}: {theirs} is no plain tensor of "
+                                 f"{'floating point' if kind.is_floating_point() else 'whole'} "
+                                 "numbers; nothing was loaded")
+            if theirs == "pos_embed" and value.ndim == 3 and value.shape[1] > 1:
+                value = resize_table(value.float(), kind.shape[1])
+            if value.shape != kind.shape:
                 raise InputError(f"{path!r}: {theirs} has shape {list(value.shape)} instead of "
-                                 f"{list(mine[name].shape)}; nothing was loaded")
+                                 f"{list(kind.shape)}; nothing was loaded")
+            if kind.is_floating_point() and not value.float().isfinite().all():
+                raise InputError(f"{path!r}: not all values of {theirs} are finite; nothing was "
+                                 "loaded")
             mine[name] = value
     model.load_state_dict(mine)
     return (f"{len(wanted) - len(new)} tensors from {path}; new: {by_part(new)}; left out: "
@@ -591,6 +605,8 @@ def choose_encoder(cfg, found, weights):
     name = found if cfg.model == "auto" else cfg.model
     if name is None:
         raise InputError(f"--recipe={cfg.recipe} --init=scratch needs --model")
+    if name not in list(ENCODERS):
+        raise InputError(f"the checkpoint in {cfg.out!r} names no encoder known here: {name!r}")
     if weights and name != found:
         raise InputError(f"{cfg.init!r} holds {found}, not {name}; leave out --model")
     if cfg.init == "scratch" and cfg.use_target:
@@ -651,6 +667,7 @@ class Scenes:
         try:
             with self.open(i) as (image, mask):
                 mode, sizes, extrema = mask.mode, (image.size, mask.size), mask.getextrema()
+                mode = "JPEG, which changes the numbers" if mask.format == "JPEG" else mode
         except Exception:  # Pillow raises many kinds on damaged files
             return 0, mask_path
         if mode not in ("L", "P"):
@@ -794,7 +811,7 @@ def predict_labels(model, image, size, machine):
     x = F.interpolate(image[None].float() / 255, rescaled_size(*shape, size), mode="bilinear",
                       antialias=True)
     with measuring(model, machine):
-        logits = sliding_window(model, crop.normalize(x), size)
+        logits = check_outputs(sliding_window(model, crop.normalize(x), size))
     few = [F.interpolate(part, shape, mode="bilinear").max(1)
            for part in logits.split(16, 1)]  # photos may be large
     which = torch.stack([part.values for part in few]).argmax(0, keepdim=True)

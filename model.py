@@ -297,12 +297,14 @@ def as_grid(tokens):
 
 
 def upsample(y, size):
-    """Maps [B, K, h, h] -> float32 [B, K, size, size], bilinear, as two matrix products: on GPUs the
-    gradient of F.interpolate is slow and adds up in no fixed order."""
-    with torch.autocast(y.device.type, enabled=False):
-        eye = torch.eye(y.shape[-1], device=y.device, dtype=torch.promote_types(y.dtype, torch.float32))
-        U = F.interpolate(eye[None], size=size, mode="linear")[0]  # [h, size]
-        return U.T @ y.to(U.dtype) @ U
+    """Maps [B, K, h, h] -> float32 [B, K, size, size], bilinear, as two matrix products: on GPUs
+    the gradient of F.interpolate is slow and adds up in no fixed order."""
+    y = y.to(torch.promote_types(y.dtype, torch.float32))
+    eye = torch.eye(y.shape[-1], device=y.device, dtype=y.dtype)
+    U = F.interpolate(eye[None], size=size, mode="linear")[0]  # [h, size]
+    kind = y.device.type  # the meta device, where operations are counted, has no autocast
+    with torch.autocast(kind if torch.amp.is_autocast_available(kind) else "cpu", enabled=False):
+        return U.T @ y @ U
 
 
 # --------------------------------------------------------------------------------------- 6. CIM

@@ -43,7 +43,6 @@ import typing
 from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
-from fractions import Fraction
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -65,7 +64,10 @@ def number(kind, fits, bounds):
     fits(number) is true. bounds: the same in words, for the error."""
     def parse(text):
         try:
-            value = int(text) if kind is int else float(Fraction(text))
+            a, *b = text.split("/") if kind is float else [text]
+            value = kind(a) / kind(*b) if b else kind(a)
+            if not math.isfinite(value):
+                raise ValueError
         except (ValueError, ArithmeticError):
             raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
         if not fits(value):
@@ -75,7 +77,7 @@ def number(kind, fits, bounds):
     return parse
 
 
-Count = number(int, lambda x: x >= 1, "1 or more")
+Count = number(int, lambda x: 1 <= x < 2**31, "from 1 to 2**31 - 1")
 Pixels = number(int, lambda x: 1 <= x <= 4096, "from 1 to 4096")
 Whole = number(int, lambda x: 0 <= x < 2**63, "from 0 to 2**63 - 1")
 Workers = number(int, lambda x: x >= -1, "-1 or more")
@@ -220,7 +222,8 @@ def make_plan(cfg, machine, images):
     total = cfg.epochs * per_epoch
     stop = BENCH_WARMUP + cfg.bench if cfg.bench else min(total, cfg.max_steps or total)
     return Plan(images, micro, share // micro, per_epoch, total, stop,
-                round(cfg.warmup_epochs * per_epoch), cfg.lr * cfg.batch_size / cfg.lr_batch)
+                round(min(cfg.warmup_epochs, 1e9) * per_epoch),
+                cfg.lr * cfg.batch_size / cfg.lr_batch)
 
 
 def micro_batches(cfg, plan, rank, steps, repeats=1):
@@ -345,8 +348,8 @@ class HeldOut:
     def __init__(self, source, indices, cfg, machine):
         dataset = contexts_of(source, indices, cfg)
         if len(dataset) < 2:
-            raise InputError(f"{cfg.data!r} has {len(dataset)} image to hold out: two are needed, "
-                             "to swap their exemplars")
+            raise InputError(f"{cfg.data!r} leaves {len(dataset)} images to hold out: two are "
+                             "needed, to swap their exemplars")
         contexts, _ = crop.collate([dataset[0, i] for i in range(len(dataset))])
         self.cfg, self.machine = cfg, machine
         self.contexts = machine.send(contexts)
@@ -431,7 +434,7 @@ def main(argv=None):
         (source, indices), validation, sentence = crop.train_and_val(
             cfg.data, cfg.seed, crop.read_classes(cfg.classes))
         plan = make_plan(cfg, machine, len(indices))
-        data = crop.describe_data((source, indices), validation)
+        data = crop.describe_data((source, indices), validation, cfg.out)
         held_out = HeldOut(*validation, cfg, machine)
         cim, optimizer = build(cfg, machine)
         saved = None if cfg.bench else load_checkpoint(os.path.join(cfg.out, "ckpt.pt"))
@@ -441,8 +444,9 @@ def main(argv=None):
              f"{cfg.model}, {cfg.exemplars} exemplars of each context")
 
     wrapped = accelerate(cim, machine)  # what the loop calls; cim has the same weights
-    pairs = torch.compile(make_pairs, fullgraph=True, dynamic=False) if machine.compile else (
-        make_pairs)
+    make = make_pairs
+    if machine.compile:
+        make = torch.compile(make_pairs, fullgraph=True, dynamic=False)
     parameters = [p for p in cim.parameters() if p.requires_grad]
     loader = iter(make_loader(contexts_of(source, indices, cfg),
                               micro_batches(cfg, plan, machine.rank, range(start, plan.stop)),
@@ -451,17 +455,19 @@ def main(argv=None):
     signals = [] if cfg.bench else catch_signals()
     broken = machine.send(torch.tensor(0))  # the first step whose gradient was not finite
     row = saved["row"] if saved else None  # the last one of the log
-    u = uniforms(cfg, (4, start), cfg.batch_size)
+    if start == 0 and machine.rank == 0 and not cfg.bench:
+        held_out.paint(cim, 0)  # what is known before the first step
+    u = uniforms(cfg, (4, start), cfg.batch_size)  # each process draws those of the whole step
     cim.train()
     for step in range(start, plan.stop):
         lr = learning_rate(step, plan.total, plan.peak, plan.warmup)
         tau = target_decay(step, plan.total, cfg.tau)
         set_learning_rate(optimizer, lr)
         loss = 0
-        mine = u.chunk(machine.world)[machine.rank]  # u are the numbers of all processes
+        mine = u.chunk(machine.world)[machine.rank]
         for k, rows in enumerate(mine.split(plan.micro)):
             contexts, _ = clock.fetch(loader)
-            context, exemplars, maps, _ = pairs(machine.send(contexts), machine.send(rows), cfg)
+            context, exemplars, maps, _ = make(machine.send(contexts), machine.send(rows), cfg)
             with machine.accumulating(wrapped, last=k == plan.accumulate - 1):
                 with machine.autocast():
                     part, _ = wrapped(context, exemplars, maps)
@@ -472,7 +478,7 @@ def main(argv=None):
         optimizer.step()
         optimizer.zero_grad()
         cim.update_target(tau)
-        u = uniforms(cfg, (4, step + 1), cfg.batch_size)  # while a GPU is at work
+        u = uniforms(cfg, (4, step + 1), cfg.batch_size)  # the next ones, while a GPU is at work
         if cfg.bench:
             clock.tick(machine)
             continue
@@ -486,7 +492,7 @@ def main(argv=None):
         logs = evaluates or done == 1 or done % cfg.log_every == 0
         saves = last or asked or clock.saves(cfg, done)
         if logs or saves:
-            check_finite(broken, done, lr, *parameters)
+            check_finite(broken, done, lr, *cim.state_dict().values())
         if logs:
             row = dict(step=done, epoch=done / plan.per_epoch, loss=machine.mean(loss), lr=lr,
                        tau=None if cim.target is cim.online else tau,
@@ -508,8 +514,11 @@ def main(argv=None):
         path = os.path.join(cfg.out, "encoder.pt")
         weights = {k: v.cpu() for k, v in cim.online.state_dict().items()}
         save_file(path, lambda f: torch.save(weights, f))
-        print(f"finished after {max(start, plan.stop)} steps; {path} holds the encoder; log.jsonl "
-              "and maps.png beside it hold what was measured")
+        print(f"finished after {max(start, plan.stop)} steps. Look at {cfg.out}/maps.png; "
+              f"{path} is the encoder, log.jsonl the curves (README, Outputs). Next:\n"
+              f"python evaluate.py --bench=maps --ckpt={cfg.out}/ckpt.pt --data={cfg.data}\n"
+              f"python finetune.py {'--recipe=demo ' * (cfg.preset == 'demo')}--init={path} "
+              f"--data={cfg.data}")
 
 
 # =========================================================== what the three scripts share: plumbing
@@ -562,6 +571,8 @@ def describe(cfg, machine, plan, start, data, model):
 def run(main):
     """Call a script's main. An InputError, which the user can mend, becomes one sentence and
     status 1; anything else keeps its traceback."""
+    for stream in (sys.stdout, sys.stderr):  # a file's name may be no text
+        stream.reconfigure(errors="backslashreplace")
     try:
         main()
         if dist.is_initialized():  # not after an error: the others may not be there any more
@@ -570,7 +581,9 @@ def run(main):
         # Before the process group exists all processes fail alike and process 0 speaks; later an
         # error is this process's own. That of a loader's worker comes with its traceback.
         if os.environ.get("RANK", "0") == "0" or dist.is_initialized():
-            reason = str(error).split("crop.InputError: ")[-1].strip()
+            reason = str(error)
+            if reason.startswith("Caught "):
+                reason = reason.split("crop.InputError: ", 1)[-1].strip()
             print(f"{os.path.basename(sys.argv[0])}: {reason}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -684,8 +697,8 @@ def setup_machine(device="auto", dtype="auto", compile="auto"):
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # nodes count restarts each for itself
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
-                                    world_size=world, timeout=timedelta(minutes=30),
+            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store,
+                                    rank=rank, world_size=world, timeout=timedelta(minutes=30),
                                     device_id=device if cuda else None)
         except RuntimeError as error:  # a network interface, two processes on one GPU, ...
             raise InputError(f"process {rank} cannot join the others: {error}") from error
@@ -693,8 +706,8 @@ def setup_machine(device="auto", dtype="auto", compile="auto"):
 
 
 def can_compile(asked, device):
-    """Whether to compile: "auto" does on CUDA if a trial works, which needs Triton and a C compiler.
-    Raises InputError if it is asked for and the trial fails."""
+    """Whether to compile: "auto" does on CUDA if a trial works, for which Triton and a C compiler
+    are needed. Raises InputError if it is asked for and the trial fails."""
     if asked == "false" or asked == "auto" and device.type != "cuda":
         return False
     try:
@@ -845,7 +858,7 @@ def restore(Config, values, path):
             elif value not in typing.get_args(kinds[name]):
                 raise ValueError(f"{value!r} is no {name}")
         return Config(**values)
-    except (AttributeError, KeyError, ValueError, argparse.ArgumentTypeError) as error:
+    except (AttributeError, LookupError, ValueError, argparse.ArgumentTypeError) as error:
         raise InputError(f"{path!r} holds no config of this version of the code: {error}"
                          ) from error
 
@@ -868,11 +881,12 @@ def save_checkpoint(cfg, machine, data, clock, row, done, model, optimizer):
 def load_checkpoint(path):
     """Read a checkpoint: tensors and plain types only, no pickled code is run. None: there is no
     such file. Raises InputError when it is no checkpoint of a training script."""
-    if not os.path.exists(path):
+    if not os.path.lexists(path):
         return None
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
-        json.dumps([saved.get(name) for name in ("config", "data", "row")])  # plain types only
+        for name in ("config", "data", "row"):  # plain types only
+            saved[name] = json.loads(json.dumps(saved.get(name)))
         wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(saved.get(name), kind)]
         problem = f"it lacks a proper {', '.join(wrong)}" if wrong else None
         if not wrong and min(saved["step"], saved["log_bytes"]) < 0:
@@ -894,10 +908,13 @@ def load_states(model, optimizer, saved, path):
     try:
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
-        for p, averages in optimizer.state.items():
+        for p in itertools.chain(*(group["params"] for group in optimizer.param_groups)):
+            averages = optimizer.state[p]
             shapes = {name: x.shape for name, x in averages.items()}
             if shapes != {name: () if name == "step" else p.shape for name in names}:
                 raise ValueError("the optimiser's state is of other parameters")
+            for name in names - {"step"}:  # laid out in memory as the parameter
+                averages[name] = torch.empty_like(p, requires_grad=False).copy_(averages[name])
         if not all(x.isfinite().all() for x in model.state_dict().values()):
             raise ValueError("its weights are not finite")
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -930,8 +947,16 @@ def begin_run(cfg, machine, data, model, optimizer, saved):
         lock_folder(cfg.out)
         save_text(os.path.join(cfg.out, "config.json"), json.dumps(plain(cfg), indent=1))
         log = os.path.join(cfg.out, "log.jsonl")
-        with open(log, "ab") as f:  # rows beyond the checkpoint are of steps that were lost
-            f.truncate(min(os.path.getsize(log), saved["log_bytes"] if saved else 0))
+        try:
+            with open(log, "a+b") as f:  # rows beyond the checkpoint are of steps that were lost
+                f.seek(0)
+                known = saved["log_bytes"] if saved else 0
+                f.truncate(f.read(known).rfind(b"\n") + 1)
+                if f.tell() < known:
+                    print(f"warning: {log!r} lacks rows that the checkpoint knows",
+                          file=sys.stderr)
+        except OSError as error:
+            raise InputError(f"cannot write {log!r}: {error}") from error
     return saved["step"] if saved else 0
 
 
@@ -966,7 +991,8 @@ def check_same_start(start, cfg, machine):
 def check_finite(broken, step, lr, *numbers):
     """Raise InputError where a gradient was not finite (broken: the first such step, or 0), and
     where one of `numbers`, weights or measures at `step`, or its square, is not."""
-    norm = torch.nn.utils.get_total_norm([torch.as_tensor(x).detach() for x in numbers])
+    numbers = [torch.as_tensor(x).detach() for x in numbers]
+    norm = torch.nn.utils.get_total_norm([x for x in numbers if x.is_floating_point()])
     if int(broken) or not norm.isfinite():
         if int(os.environ.get("RANK", 0)) > 0:
             sys.exit(1)  # process 0 says it

@@ -348,7 +348,8 @@ def test_shapes_are_a_function_of_the_index_and_splits_are_disjoint():
     train, again, val = (crop.Shapes(split) for split in ("train", "train", "val"))
     a, b, c = ([x.open(i).tobytes() for i in range(60)] for x in (train, again, val))
     assert a == b and len(set(a)) == 60 and not set(a) & set(c)
-    assert np.bincount(val.labels).tolist() == [len(val) // 8] * 8 and len(train.classes) == 8
+    for labels in np.array(train.labels), np.array(val.labels):
+        assert np.bincount(labels[:800]).tolist() == [100] * 8 and set(labels[800:]) <= {-1}
 
 
 def test_a_folder_is_read_at_any_depth_through_links_that_may_loop(tmp_path):
@@ -359,8 +360,10 @@ def test_a_folder_is_read_at_any_depth_through_links_that_may_loop(tmp_path):
     save_images(root / "b" / "deep" / "er", 2, ext=".JPG")
     save_images(root / "a", 1, ext=".png")
     save_images(elsewhere, 1)
-    for link in ("c", "d", "b/loop", "self"):
-        (root / link).symlink_to({"b/loop": root, "self": root / "self"}.get(link, elsewhere))
+    for link, end in dict(c=elsewhere, d=elsewhere, self=root / "self").items():
+        (root / link).symlink_to(end)
+    (root / "b" / "loop").symlink_to(root)
+    (root / "a" / "b").symlink_to(root / "b")  # its images stay in class b
     (root / "a" / "notes.txt").write_text("no image")
     os.mkfifo(root / "a" / "x.jpg")
     images, some = crop.Folder(str(root)), crop.Folder(str(root), ["c", "a"])
@@ -756,7 +759,7 @@ def test_the_deep_predictor_is_three_deconvolutions():
     for i in (0, 2, 4):
         layer = decoder.predictor[i]
         y = F.conv_transpose2d(F.gelu(y) if i else y, layer.weight, layer.bias, 2, 1)
-    expected = F.interpolate(y.view(2, 2, 24, 24).float(), size=(30, 30), mode="bilinear")
+    expected = F.interpolate(y.view(2, 2, 24, 24), size=(30, 30), mode="bilinear")
     torch.testing.assert_close(decoder(h_c, h_z, 30), expected)
 
 
@@ -926,7 +929,7 @@ def test_four_steps_equal_two_and_resumed_two_bit_for_bit(tmp_path, four):
     before = {f: f.read_bytes() for f in tmp_path.rglob("*.*")}
     (tmp_path / "encoder.pt").unlink()
     demo(tmp_path, *four[0], "--micro_batch=8", "--workers=1")
-    assert before == {f: f.read_bytes() for f in tmp_path.rglob("*.*")} and len(before) == 7
+    assert before == {f: f.read_bytes() for f in tmp_path.rglob("*.*")} and len(before) == 8
 
 
 def test_bfloat16_stays_close_to_float32(tmp_path, four):
@@ -1149,6 +1152,8 @@ def test_knn_equals_a_brute_force_loop():
             for cosine, j in sorted((float(q @ b), j) for j, b in enumerate(bank))[-k:]:
                 votes[labels[j]] += math.exp(cosine / 0.07)
             assert votes[chosen] == max(votes)
+    nearest = labels[(queries @ bank.T).argmax(1)]  # alone counts when it is cold
+    assert torch.equal(evaluate.vote(queries, bank, labels, 4, 80, 1e-30), nearest)
 
 
 @pytest.mark.parametrize("use_target", [False, True])
@@ -1318,11 +1323,11 @@ def test_blocks_of_any_drop_path_are_compiled_once():
 
 
 def test_the_centre_crop_equals_torchvisions():
-    """The shorter side to size / 0.95, then the middle, to two levels of rounding."""
+    """The shorter side to size / 0.95, then the middle, to three levels of rounding."""
     image = crop.Shapes("val").open(0).resize((600, 400), Image.BICUBIC)  # 95% of 400 is whole
     whole = TF.center_crop(TF.resize(image, 200, TF.InterpolationMode.BICUBIC), 190)
     got = crop.cut_centre(image, None, 190, 0.95).float()
-    assert (got - crop.to_tensor(whole).float()).abs().max() <= 2
+    assert (got - crop.to_tensor(whole).float()).abs().max() <= 3
 
 
 @pytest.mark.parametrize("mixup, cutmix", [(0.8, 0), (0, 1.0), (0.8, 1.0)])
@@ -1385,7 +1390,7 @@ def test_mce_is_relative_to_alexnet():
 def test_imagenet_c_reads_the_published_layout(tmp_path):
     """CORRUPTION/SEVERITY/CLASS, also one folder deeper as in the archives: each error is that of a
     plain loop over uncropped images; a corruption that is not whole is missing."""
-    names, root, errors = ["bee", "ant"], tmp_path / "c", {}  # not in the order of the folders
+    names, root, errors = ["bee", "ant"], tmp_path / "c[1]", {}  # not in the order of the folders
     net = save_classifier(tmp_path / "model.pt", names)
     whole = partial(crop.cut_centre, size=32, ratio=1.0)
     for k, place in enumerate(["noise/gaussian_noise", "fog", "snow"]):
@@ -1434,16 +1439,20 @@ def test_maps_are_measured_from_a_checkpoint(tmp_path):
     """--bench=maps takes a pre-training ckpt.pt and any folder of images, however deep; the strip
     holds the run's first sheet and, below it, the predicted maps of later looks."""
     demo(tmp_path / "run", "--max_steps=3", "--eval_every=1")
+    for name in "notes", "0000007":  # neither is of this run
+        Image.new("RGB", (9, 9)).save(tmp_path / "run" / "maps" / f"{name}.png", "EPS")
     save_images(tmp_path / "photos" / "deep" / "er", 20)
     got = score(tmp_path, "--bench=maps", f"--ckpt={tmp_path}/run/ckpt.pt",
                 f"--data={tmp_path}/photos")
     assert got["n"] == 20 and got["loss"] == pytest.approx(math.log(2), rel=0.02)
     assert got["skill"] == pytest.approx(1 - got["loss"] / got["baseline"], abs=1e-3)
-    figures, strip, first, _, last = (np.asarray(Image.open(path)) for path in (
-        *sorted(tmp_path.glob("*.png")), *sorted((tmp_path / "run" / "maps").iterdir())))
-    row = crop.TILE + crop.TILE // 12  # beyond 3 rows from the left there are the maps
-    assert (strip[:-2 * row] == first).all() and (last != first).any() and figures.shape[1] > 600
-    assert (strip[-row:, 3 * row:] == last[-row:, 3 * row:]).all()
+    figures, strip, first, *_, last = (np.asarray(Image.open(path)) for path in (
+        *sorted(tmp_path.glob("*.png")), *sorted((tmp_path / "run" / "maps").glob("000000[0-3]*"))))
+    row = crop.TILE + crop.TILE // 12
+    maps = 3 * row + crop.TILE * 3 // 4  # where they begin, from the left
+    assert len(strip) == len(first) + 3 * row and figures.shape[1] > 600
+    assert (strip[:len(first), maps:] == first[:, maps:]).all() and (last != first).any()
+    assert (strip[-row:, maps:] == last[-row:, maps:]).all()
 
 
 @pytest.mark.parametrize("flags, words", [
@@ -1451,15 +1460,17 @@ def test_maps_are_measured_from_a_checkpoint(tmp_path):
     ("--ckpt=scratch --model=vit_d8", "takes a classifier"),
     ("--ckpt={tmp}/model.pt --model=vit_s16", "holds vit_d8, not vit_s16"),
     ("--bench=knn --ckpt=scratch", "needs --model"),
-    ("--bench=maps --ckpt={tmp}/none.pt", "takes the ckpt.pt of a pre-training run"),
+    ("--bench=maps --ckpt={tmp}/none.pt", "there is no file"),
     ("--data={tmp}/loose", "has no images in class folders"),
     ("--bench=imagenet_r", "1 classes that the 3 known ones lack: dog"),
     ("--bench=imagenet_a --data={tmp}/empty", "has no images in 1 of its class folders: bee"),
     ("--bench=imagenet_c", "has none of the 15 corruptions"),
-    ("--ckpt={tmp}/classes.pt", "no list of the names"), ("--size=9999", "from 0 to 4096"),
+    ("--ckpt={tmp}/classes.pt", "lacks the names of its classes"), ("--size=9999", "to 4096"),
+    ("--ckpt={tmp}/score.pt", "or its score"), ("--ckpt={tmp}/pair.pt", "holds no config"),
     ("--ckpt={tmp}/config.pt", "holds no config"), ("--ckpt={tmp}/size.pt", "from 1 to 4096"),
-    ("--ckpt={tmp}/nan.pt", "head.bias are finite floating"),
-    ("--ckpt={tmp}/int.pt", "head.bias are finite floating")])
+    ("--ckpt={tmp}/nan.pt", "head.bias are finite"), ("--ckpt={tmp}/int.pt", "no plain tensor"),
+    ("--ckpt={tmp}/flat.pt", "holds a ViT of width 0"),
+    ("--ckpt={tmp}/huge.pt --data={tmp}/ant", "outputs are not finite")])
 def test_evaluation_that_cannot_work_is_named(flags, words, tmp_path, capsys):
     """A wrong layout, an unknown or empty class, another kind of file, damaged or made up; and no
     folder is made."""
@@ -1468,10 +1479,13 @@ def test_evaluation_that_cannot_work_is_named(flags, words, tmp_path, capsys):
     for name, entries in dict(
             classes=dict(classes=5), config=dict(config=None),
             size=dict(config=saved["config"] | dict(test_size=10**9)),
+            pair=dict(config=saved["config"] | dict(scale=[0.5])), score=dict(top1="best"),
+            flat=dict(weights=saved["weights"] | dict(cls_token=torch.ones(()))),
+            huge=dict(weights={name: 1e30 * x for name, x in saved["weights"].items()}),
             nan=dict(weights=saved["weights"] | {"head.bias": torch.full((3,), math.nan)}),
             int=dict(weights=saved["weights"] | {"head.bias": torch.ones(3).long()})).items():
         torch.save(saved | entries, tmp_path / f"{name}.pt")
-    for place in "loose", "odd/ant", "odd/dog", "empty/ant", "empty/bee":
+    for place in "loose", "odd/ant", "odd/dog", "empty/ant", "empty/bee", "ant/ant":
         save_images(tmp_path / place, 0 if place == "empty/bee" else 2)
     with pytest.raises((SystemExit, InputError)) as error:
         score(tmp_path / "new", f"--ckpt={tmp_path / 'model.pt'}", f"--data={tmp_path / 'odd'}",
@@ -1887,8 +1901,8 @@ def test_rows_beyond_the_checkpoint_are_cut(tmp_path, long):
 
 @pytest.mark.parametrize("flag, words", [
     ("--batchsize=4", "--batchsize"), ("demo", "demo"), ("--preset=dmeo", "imagenette"),
-    ("--epochs=many", "no int"), ("--batch_size=0", "1 or more"), ("--lr=nan", "no float"),
-    ("--lr=1e999", "no float"), ("--lr=0", "above 0"), ("--clip=-1", "0 or more"),
+    ("--epochs=many", "no int"), ("--batch_size=0", "from 1 to"), ("--lr=nan", "no float"),
+    ("--lr=1e999999999", "no float"), ("--lr=0", "above 0"), ("--clip=-1", "0 or more"),
     ("--beta1=1", "below 1"), ("--flip=1.5", "between 0 and 1"), ("--seed=1" + 20 * "0", "2**63"),
     ("--scale=0.5", "two numbers"), ("--ratio=1/0,3", "no float"), ("--compile=maybe", "choose"),
     ("--freeze_patch_embed=maybe", "true nor false"), ("--context_size=150", "multiple of 8"),
@@ -1971,11 +1985,16 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
             ({first: saved["model"][first] * math.nan}, {}), ({first: torch.ones(3)}, {}),
             ({}, {0: saved["optimizer"]["state"][0] | dict(exp_avg=torch.ones(1))}),
             ({}, {0: saved["optimizer"]["state"][0] | dict(exp_avg=5)}),
-            ({}, {0: dict(step=torch.ones(()))}), ({}, {999: {}})):
+            ({}, {0: dict(step=torch.ones(()))}), ({}, {0: {}})):
         state = dict(state=saved["optimizer"]["state"] | states)
         torch.save(saved | dict(model=saved["model"] | weights, optimizer=state), path)
         with pytest.raises(InputError, match="does not fit this version of the code"):
             demo(tmp_path)
+    flat = saved["optimizer"]["state"][0]["exp_avg"]
+    saved["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1).expand(flat.shape)  # no memory
+    torch.save(saved, path)
+    (tmp_path / "log.jsonl").write_bytes((tmp_path / "log.jsonl").read_bytes()[:9])  # torn
+    assert [row["step"] for row in demo(tmp_path, "--max_steps=2")] == [2]
 
 
 def test_a_checkpoint_of_another_run_names_the_fields(tmp_path):
@@ -1993,6 +2012,8 @@ def test_a_checkpoint_of_another_run_names_the_fields(tmp_path):
     photos, out = tmp_path / "photos", tmp_path / "again"
     save_images(photos, 20)
     demo(out, f"--data={photos}", "--max_steps=1")
+    with pytest.raises(InputError, match="lies among the images"):
+        demo(photos / "run", f"--data={photos}")
     (photos / "003.jpg").rename(photos / "x.jpg")
     with pytest.raises(InputError, match="differs in hash of their names"):
         demo(out, f"--data={photos}", "--max_steps=2")
@@ -2035,7 +2056,7 @@ def test_a_run_leaves_what_the_design_says(tmp_path):
     assert rows[0]["loss"] == pytest.approx(math.log(2), rel=0.02)
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {
         "config.json", "log.jsonl", "ckpt.pt", "encoder.pt", "maps.png", "lock", "maps",
-        "maps/0000004.png", "maps/0000005.png"}
+        "maps/0000000.png", "maps/0000004.png", "maps/0000005.png"}
     name = json.loads((tmp_path / "config.json").read_text())["model"]
     model.build_encoder(name).load_state_dict(encoder_of(tmp_path))
 
