@@ -520,7 +520,6 @@ class Pictures:
 
 INKS = np.array([[214, 40, 57], [244, 140, 6], [56, 142, 60], [2, 136, 209], [94, 53, 177],
                  [40, 40, 48]], dtype=np.float32)
-PAPER = np.array([250, 243, 221], dtype=np.float32)
 
 MOTIFS = {  # how far a point is inside the ink, of x and y in repeats from the middle of one
     "stripes": lambda x, y: 0.25 - abs(x),
@@ -536,13 +535,13 @@ MOTIFS = {  # how far a point is inside the ink, of x and y in repeats from the 
 
 
 class Shapes:
-    """Generated scenes: quilts whose patches each have a motif, turned and scaled, in one ink. Half
-    of the patches have the motif that is the class, the others any. As in life, images are many and
-    labels few: the first LABELLED of a split have one.
+    """Generated scenes: quilts whose patches each have a motif, turned and scaled, in one ink, on a
+    paper of smoothly changing colour. Most patches have the motif that is the scene's class, the
+    others any. Images are many and labels few, as in life: the first LABELLED of a split have one.
 
     Scene i of a split is a function of (split, i) alone; train and val share no scene."""
 
-    SIDE = 96  # pixels
+    SIDE = 72  # pixels
     SIZES = {"train": 19_200, "val": 800}
     LABELLED = 800
     classes = list(MOTIFS)
@@ -559,26 +558,29 @@ class Shapes:
         return f"shapes {self.split} scene {i}"
 
     def open(self, i):
-        rng, motifs = np.random.default_rng((self.number, i)), len(MOTIFS)
-        n = rng.integers(8, 15)  # patches
-        xy = np.mgrid[:self.SIDE, :self.SIDE].astype(np.float32)
-        # A point belongs to the nearest of n centres, each of which measures in its own units.
-        centres = rng.uniform(0, self.SIDE, (2, n, 1, 1)).astype(np.float32)
-        units = rng.uniform(0.6, 1.4, (2, n, 1, 1)).astype(np.float32)
-        patch = np.square((xy[:, None] - centres) * units).sum(0).argmin(0)  # [SIDE, SIDE]
-        own = rng.random(n) < 0.5
-        motif = np.where(own, i % motifs, rng.integers(0, motifs, n))[patch]
-        period = rng.uniform(8, 16, n).astype(np.float32)  # pixels
-        angle = rng.uniform(0, 2 * math.pi, n).astype(np.float32)
-        cos, sin = (np.cos(angle) / period)[patch], (np.sin(angle) / period)[patch]
-        x, y = xy[1] * cos + xy[0] * sin, xy[0] * cos - xy[1] * sin
+        rng, motifs, S = np.random.default_rng((self.number, i)), len(MOTIFS), self.SIDE
+        field = Image.fromarray(rng.integers(150, 256, (3, 3, 3), dtype=np.uint8))
+        paper = np.asarray(field.resize((S, S), Image.BICUBIC), np.float32).reshape(S * S, 3)
+        n = rng.integers(18, 31)  # patches
+        (cx, cy), (ax, ay) = rng.uniform(0, S, (2, n)), rng.uniform(0.4, 1.6, (2, n))
+        y, x = np.mgrid[:S, :S].reshape(2, S * S).astype(np.float32)
+        # A pixel belongs to the centre with the least ax (x - cx)^2 + ay (y - cy)^2: one product.
+        terms = np.stack([x * x, x, y * y, y, np.ones_like(x)], 1)
+        factors = np.stack([ax, -2 * ax * cx, ay, -2 * ay * cy, ax * cx * cx + ay * cy * cy])
+        patch = (terms @ factors.astype(np.float32)).argmin(1)
+        motif = np.where(rng.random(n) < 0.7, i % motifs, rng.integers(0, motifs, n))
+        angle, period = rng.uniform(0, 2 * math.pi, n), rng.uniform(4.5, 7.5, n)
+        table = np.stack([np.cos(angle) / period, np.sin(angle) / period, period], 1)
+        cos, sin, period = table.astype(np.float32)[patch].T
+        x, y = x * cos + y * sin, y * cos - x * sin  # in repeats, turned
         x, y = x - np.rint(x), y - np.rint(y)
-        inside = np.zeros_like(x)
+        inside = np.empty_like(x)
         for k, formula in enumerate(MOTIFS.values()):
-            inside[motif == k] = formula(x[motif == k], y[motif == k])
-        share = (inside * period[patch] + 0.5).clip(0, 1)[..., None]  # of ink, in pixels
-        ink = INKS[rng.integers(0, len(INKS), n)][patch]
-        return Image.fromarray((PAPER + (ink - PAPER) * share).astype(np.uint8))
+            rows = np.flatnonzero(motif[patch] == k)
+            inside[rows] = formula(x[rows], y[rows])
+        share = (inside * period + 0.5).clip(0, 1)[:, None]  # of a pixel that is ink
+        colours = paper + (INKS[rng.integers(0, len(INKS), n)][patch] - paper) * share
+        return Image.fromarray(colours.astype(np.uint8).reshape(S, S, 3))
 
 
 def read_classes(path):
