@@ -537,18 +537,18 @@ MOTIFS = {  # how far a point is inside the ink, of x and y in repeats from the 
 class Shapes:
     """Generated scenes: quilts whose patches each have a motif, turned and scaled, in one ink, on a
     paper of smoothly changing colour. Most patches have the motif that is the scene's class, the
-    others any. Images are many and labels few, as in life: the first LABELLED of a split have one.
+    others any. Images are many and labels few, as in life: of train the first LABELLED have one.
 
     Scene i of a split is a function of (split, i) alone; train and val share no scene."""
 
     SIDE = 72  # pixels
-    SIZES = {"train": 19_200, "val": 800}
-    LABELLED = 800
+    SIZES = {"train": 16_000, "val": 800}
+    LABELLED = 160
     classes = list(MOTIFS)
 
     def __init__(self, split):
         self.split, self.number = split, list(self.SIZES).index(split)
-        self.labels = [i % len(self.classes) if i < self.LABELLED else -1
+        self.labels = [i % len(self.classes) if i < self.LABELLED or split == "val" else -1
                        for i in range(self.SIZES[split])]
 
     def __len__(self):
@@ -559,7 +559,7 @@ class Shapes:
 
     def open(self, i):
         rng, motifs, S = np.random.default_rng((self.number, i)), len(MOTIFS), self.SIDE
-        field = Image.fromarray(rng.integers(150, 256, (3, 3, 3), dtype=np.uint8))
+        field = Image.fromarray(rng.integers(125, 256, (3, 3, 3), dtype=np.uint8))
         paper = np.asarray(field.resize((S, S), Image.BICUBIC), np.float32).reshape(S * S, 3)
         n = rng.integers(18, 31)  # patches
         (cx, cy), (ax, ay) = rng.uniform(0, S, (2, n)), rng.uniform(0.4, 1.6, (2, n))
@@ -568,7 +568,7 @@ class Shapes:
         terms = np.stack([x * x, x, y * y, y, np.ones_like(x)], 1)
         factors = np.stack([ax, -2 * ax * cx, ay, -2 * ay * cy, ax * cx * cx + ay * cy * cy])
         patch = (terms @ factors.astype(np.float32)).argmin(1)
-        motif = np.where(rng.random(n) < 0.7, i % motifs, rng.integers(0, motifs, n))
+        motif = np.where(rng.random(n) < 0.75, i % motifs, rng.integers(0, motifs, n))
         angle, period = rng.uniform(0, 2 * math.pi, n), rng.uniform(4.5, 7.5, n)
         table = np.stack([np.cos(angle) / period, np.sin(angle) / period, period], 1)
         cos, sin, period = table.astype(np.float32)[patch].T

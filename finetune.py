@@ -154,9 +154,9 @@ RECIPES = {  # values only
                     schedule="linear", batch_size=16, lr=3e-5, lr_batch=16, log_every=50,
                     eval_epochs=13),
     "demo": dict(PLAIN, data="shapes", init="out/demo/encoder.pt", out="out/demo_finetune",
-                 image_size=64, test_size=64, scale=(0.8, 1.0), drop_path=0.0, epochs=20,
-                 warmup_epochs=1.0, batch_size=64, lr=2e-3, lr_batch=64, workers=0, log_every=75,
-                 eval_epochs=5),
+                 image_size=64, test_size=64, scale=(0.8, 1.0), drop_path=0.0, epochs=200,
+                 warmup_epochs=10.0, batch_size=32, lr=2e-3, lr_batch=32, workers=0, log_every=100,
+                 eval_epochs=50),
 }
 SCRATCH = {"vit_b": "vit_b16", "vit_s": "vit_s16", "resnet50_100": "resnet50", "segment": "vit_b16",
            "resnet50_300": "resnet50", "demo": "vit_d8"}  # the encoder of a recipe without weights

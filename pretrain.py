@@ -175,9 +175,9 @@ PRESETS = {
     "imagenette": dict(data="imagenette", out="out/imagenette", model="vit_s16", batch_size=512,
                        eval_every=90, save_every=900),
     "demo": dict(data="shapes", out="out/demo", model="vit_d8", context_size=64, exemplar_size=32,
-                 transforms="none", decoder_width=64, freeze_patch_embed=False, epochs=3,
-                 warmup_epochs=0.25, batch_size=16, lr=5e-3, lr_batch=16, workers=0, log_every=50,
-                 eval_every=300, save_every=300),
+                 transforms="none", decoder_width=64, decoder_depth=2, freeze_patch_embed=False,
+                 epochs=3, warmup_epochs=0.1, batch_size=16, lr=4e-3, lr_batch=16, tau=0.9,
+                 workers=0, log_every=50, eval_every=250, save_every=250),
 }
 
 
