@@ -539,11 +539,12 @@ class Shapes:
     paper of smoothly changing colour. Most patches have the motif that is the scene's class, the
     others any. Images are many and labels few, as in life: of train the first LABELLED have one.
 
-    Scene i of a split is a function of (split, i) alone; train and val share no scene."""
+    Scene i of a split is a function of (split, i) alone, but for the rounding of a matrix product
+    at the borders of patches; train and val share no scene."""
 
     SIDE = 72  # pixels
     SIZES = {"train": 16_000, "val": 800}
-    LABELLED = 160
+    LABELLED = 80
     classes = list(MOTIFS)
 
     def __init__(self, split):
@@ -588,7 +589,7 @@ def read_classes(path):
     if not path:
         return None
     if not os.path.isfile(path):
-        raise InputError(f"cannot read the class list {path!r}: there is no such file")
+        raise InputError(f"cannot read the class list {path!r}: it is no file")
     try:
         with open(path, encoding="utf-8-sig") as f:
             names = [line.strip() for line in f if line.strip()]
@@ -658,8 +659,8 @@ def describe_data(train, held_out, out, classes=()):
     the run's folder `out` lies among the images, since its pictures would become data."""
     names = hashlib.sha256()
     for source, indices in (train, held_out):
-        root = os.path.realpath(getattr(source, "root", os.devnull))
-        if os.path.realpath(out).startswith(root + os.sep):
+        root = os.path.realpath(getattr(source, "root", os.devnull)) + os.sep
+        if (os.path.realpath(out) + os.sep).startswith(root):
             raise InputError(f"--out {out!r} lies among the images of {source.root!r}, and the "
                              "run's pictures would become data: name a folder elsewhere")
         for i in indices:

@@ -372,16 +372,17 @@ def maps(cfg, machine):
     """How well a pre-trained model finds exemplars in images: cross-entropy, skill, and the mean
     IoU of its maps at 0.5, over a whole folder; figures.png; and strip.png, how the maps of one
     image came about in the run."""
-    saved = load_checkpoint(cfg.ckpt)
-    if saved is None:
-        raise InputError(f"there is no file {cfg.ckpt!r}")
-    if "decoder_width" not in saved["config"]:
-        raise InputError(f"--bench=maps takes the ckpt.pt of a pre-training run, not {cfg.ckpt!r}")
-    recipe = restore(pretrain.Config, saved["config"], cfg.ckpt)
-    cim, optimizer = pretrain.build(recipe, machine)
-    pretrain.load_states(cim, optimizer, saved, cfg.ckpt)
-    cim.to(machine.device).eval()
     with machine.first():
+        saved = load_checkpoint(cfg.ckpt)
+        if saved is None:
+            raise InputError(f"there is no file {cfg.ckpt!r}")
+        if "decoder_width" not in saved["config"]:
+            raise InputError(f"--bench=maps takes the ckpt.pt of a pre-training run, not "
+                             f"{cfg.ckpt!r}")
+        recipe = restore(pretrain.Config, saved["config"], cfg.ckpt)
+        cim = pretrain.build_model(recipe)
+        pretrain.load_states(saved, cfg.ckpt, cim)
+        cim.to(machine.device).eval()
         source = crop.open_images(validation_folder(cfg.data), "val",
                                   crop.read_classes(cfg.classes))
     dataset = pretrain.contexts_of(source, range(len(source)), recipe, replace=False)
@@ -429,9 +430,10 @@ def save_strip(cfg, count=6):
         with contextlib.suppress(Exception):  # a picture of something else, or a torn one
             sheets[int(os.path.splitext(os.path.basename(path))[0])] = crop.to_rgb(
                 crop.open_image(path))
-    steps = sorted(step for step in sheets if sheets[step].size == sheets[max(sheets)].size)
-    if not steps:
+    if not sheets:
         return
+    size = sheets[max(sheets)].size
+    steps = sorted(step for step in sheets if sheets[step].size == size)
     row = crop.TILE + crop.TILE // 12  # a tile and the gap below it
     font, bands = ImageFont.load_default(crop.TILE // 7), []
     for k in sorted({round(k) - 1 for k in np.geomspace(1, len(steps), count)}):

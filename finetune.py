@@ -154,9 +154,9 @@ RECIPES = {  # values only
                     schedule="linear", batch_size=16, lr=3e-5, lr_batch=16, log_every=50,
                     eval_epochs=13),
     "demo": dict(PLAIN, data="shapes", init="out/demo/encoder.pt", out="out/demo_finetune",
-                 image_size=64, test_size=64, scale=(0.8, 1.0), drop_path=0.0, epochs=200,
-                 warmup_epochs=10.0, batch_size=32, lr=2e-3, lr_batch=32, workers=0, log_every=100,
-                 eval_epochs=50),
+                 image_size=64, test_size=64, scale=(0.8, 1.0), drop_path=0.0, epochs=300,
+                 warmup_epochs=15.0, batch_size=16, lr=2e-3, lr_batch=16, workers=0, log_every=250,
+                 eval_epochs=100),
 }
 SCRATCH = {"vit_b": "vit_b16", "vit_s": "vit_s16", "resnet50_100": "resnet50", "segment": "vit_b16",
            "resnet50_300": "resnet50", "demo": "vit_d8"}  # the encoder of a recipe without weights
@@ -464,14 +464,14 @@ def main(argv=None):
         if asked and not last:
             stop_early(done, machine)
 
-    done = max(start, plan.stop)
-    if not cfg.bench and (row.get("step"), row.get(measures[0]) is None) != (done, False):
-        row |= measure()  # a stopped run that ends where it was stopped, by another --max_steps
     if cfg.bench:
         gflop = count_gflop(lambda: build_model(cfg, len(train.classes)),
                             (3, cfg.image_size, cfg.image_size))
-        bench_report("finetune", cfg, machine, clock, gflop)
-    elif machine.rank == 0:
+        return bench_report("finetune", cfg, machine, clock, gflop)
+    done = max(start, plan.stop)
+    if row.get("step") != done or row.get(measures[0]) is None:
+        row |= measure()  # a stopped run that ends where it was stopped, by another --max_steps
+    if machine.rank == 0:
         path = os.path.join(cfg.out, "model.pt")
         save_model(path, model, cfg, train.classes, **{measures[0]: row[measures[0]]})
         print(f"finished after {done} steps; {path} holds the model")

@@ -1,6 +1,6 @@
 """pretrain.py: self-supervised pre-training by Correlational Image Modeling (Table 9).
 
-    python pretrain.py --preset=demo                                  a laptop, a minute or two
+    python pretrain.py --preset=demo                                  a laptop, four minutes
     python pretrain.py --preset=imagenette                            one GPU
     torchrun --nproc_per_node=8 pretrain.py --data=/data/imagenet     the paper's run
 
@@ -68,7 +68,7 @@ def number(kind, fits, bounds):
             value = kind(a) / kind(*b) if b else kind(a)
             if not math.isfinite(value):
                 raise ValueError
-        except (ValueError, ArithmeticError):
+        except (TypeError, ValueError, ArithmeticError):
             raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
         if not fits(value):
             raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
@@ -82,7 +82,7 @@ Pixels = number(int, lambda x: 1 <= x <= 4096, "from 1 to 4096")
 Whole = number(int, lambda x: 0 <= x < 2**63, "from 0 to 2**63 - 1")
 Workers = number(int, lambda x: x >= -1, "-1 or more")
 Positive = number(float, lambda x: x > 0, "above 0")
-Real = number(float, lambda x: x >= 0, "0 or more")
+Real = number(float, lambda x: 0 <= x <= 1e9, "from 0 to 1e9")
 Share = number(float, lambda x: 0 <= x <= 1, "between 0 and 1")
 Decay = number(float, lambda x: 0 <= x < 1, "0 or more and below 1")
 
@@ -209,8 +209,9 @@ def make_plan(cfg, machine, images):
         raise InputError(f"--batch_size {cfg.batch_size} is not divisible by {machine.world} "
                          f"processes; {near} would be")
     # A ViT-B/16 takes about 50 MB for a context (an estimate); half of the memory stays free.
-    most = cfg.micro_batch or (32 if machine.device.type != "cuda" else min(
-        512, torch.cuda.get_device_properties(machine.device).total_memory // 10**8))
+    cuda = machine.device.type == "cuda"
+    fits = torch.cuda.get_device_properties(machine.device).total_memory // 10**8 if cuda else 32
+    most = cfg.micro_batch or min(512, fits)
     micro = max(k for k in range(1, min(most, share) + 1) if share % k == 0)
     if cfg.micro_batch and micro != cfg.micro_batch:
         raise InputError(f"--micro_batch {cfg.micro_batch} does not divide the {share} images of a "
@@ -222,8 +223,7 @@ def make_plan(cfg, machine, images):
     total = cfg.epochs * per_epoch
     stop = BENCH_WARMUP + cfg.bench if cfg.bench else min(total, cfg.max_steps or total)
     return Plan(images, micro, share // micro, per_epoch, total, stop,
-                round(min(cfg.warmup_epochs, 1e9) * per_epoch),
-                cfg.lr * cfg.batch_size / cfg.lr_batch)
+                round(cfg.warmup_epochs * per_epoch), cfg.lr * cfg.batch_size / cfg.lr_batch)
 
 
 def micro_batches(cfg, plan, rank, steps, repeats=1):
@@ -408,15 +408,15 @@ def accelerate(model, machine):
     """Compile what is large where asked; wrap the model in DDP where there are processes."""
     if machine.compile:  # in place, so that state-dict keys stay clean
         torch._dynamo.config.optimize_ddp = False  # it would cut blocks where DDP's buckets end
-        compiled = [part for part in model.modules() if isinstance(part, (Block, CorrelationLayer))
-                    # a SyncBatchNorm would break the graph
-                    or isinstance(part, ResNet50) and not machine.syncs_batchnorm]
+        compiled = [part for part in model.modules()
+                    if isinstance(part, (Block, CorrelationLayer, ResNet50)) and not any(
+                        isinstance(m, torch.nn.SyncBatchNorm) for m in part.modules())]
         for part in compiled:
             part.compile(fullgraph=True, dynamic=False)
         if machine.rank == 0:
             counts = Counter(type(part).__name__ for part in compiled)
-            print("compiled", ", ".join(f"{n} {name}" for name, n in counts.items()) or "nothing, "
-                  "since the BatchNorms of the processes are synchronised", flush=True)
+            print("compiled", ", ".join(f"{n} {name}" for name, n in counts.items())
+                  or "nothing: SyncBatchNorm would break the graph", flush=True)
     if machine.world == 1:
         return model
     return torch.nn.parallel.DistributedDataParallel(
@@ -571,9 +571,9 @@ def describe(cfg, machine, plan, start, data, model):
 def run(main):
     """Call a script's main. An InputError, which the user can mend, becomes one sentence and
     status 1; anything else keeps its traceback."""
-    for stream in (sys.stdout, sys.stderr):  # a file's name may be no text
-        stream.reconfigure(errors="backslashreplace")
     try:
+        if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
+            sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
         main()
         if dist.is_initialized():  # not after an error: the others may not be there any more
             dist.destroy_process_group()
@@ -706,15 +706,16 @@ def setup_machine(device="auto", dtype="auto", compile="auto"):
 
 
 def can_compile(asked, device):
-    """Whether to compile: "auto" does on CUDA if a trial works, for which Triton and a C compiler
-    are needed. Raises InputError if it is asked for and the trial fails."""
+    """Whether to compile: "auto" does on CUDA, if compiling one addition works there, which finds a
+    missing Triton or C compiler. Raises InputError if it is asked for and that fails."""
     if asked == "false" or asked == "auto" and device.type != "cuda":
         return False
     try:
         torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
         return True
     except Exception as error:  # of many kinds
-        reason = f"torch.compile does not work here ({str(error).strip().splitlines()[0]})"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = f"torch.compile does not work here ({reason})"
         if asked == "true":
             raise InputError(f"--compile=true: {reason}") from error
         if os.environ.get("RANK", "0") == "0":
@@ -894,33 +895,39 @@ def load_checkpoint(path):
     except Exception as error:  # torch.load raises many kinds on files that are none
         problem = type(error).__name__
     if problem:
-        raise InputError(f"{path!r} is not a training checkpoint ({problem}); where it stands in "
-                         "the way of a run, move it away or name another --out")
+        raise InputError(f"{path!r} is not a training checkpoint of this version of the code "
+                         f"({problem}); where it stands in the way of a run, move it away or name "
+                         "another --out")
     return saved
 
 
-def load_states(model, optimizer, saved, path):
-    """Put a checkpoint's weights and the optimiser's averages of their gradients into both. The
-    optimiser's settings stay those of the config. Raises InputError where anything does not fit:
-    the fused optimiser would not look at shapes."""
-    names = {"momentum_buffer"} if "momentum" in optimizer.defaults else {
-        "step", "exp_avg", "exp_avg_sq"}
+def load_states(saved, path, model, optimizer=None):
+    """Put a checkpoint's weights into the model, and its averages of gradients into the optimiser,
+    whose settings stay those of the config. Raises InputError where anything does not fit: the
+    fused optimiser would not look at shapes."""
     try:
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(optimizer.state_dict() | {"state": saved["optimizer"]["state"]})
-        for p in itertools.chain(*(group["params"] for group in optimizer.param_groups)):
-            averages = optimizer.state[p]
-            shapes = {name: x.shape for name, x in averages.items()}
-            if shapes != {name: () if name == "step" else p.shape for name in names}:
-                raise ValueError("the optimiser's state is of other parameters")
-            for name in names - {"step"}:  # laid out in memory as the parameter
-                averages[name] = torch.empty_like(p, requires_grad=False).copy_(averages[name])
         if not all(x.isfinite().all() for x in model.state_dict().values()):
             raise ValueError("its weights are not finite")
+        if optimizer:
+            load_averages(optimizer, saved["optimizer"]["state"])
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         reason = str(error).split("\n")[0]  # PyTorch lists all that differs below it
-        raise InputError(f"{path!r} does not fit this version of the code ({reason}); to start "
-                         "afresh, name another --out") from error
+        raise InputError(f"{path!r} does not fit this version of the code ({reason})") from error
+
+
+def load_averages(optimizer, state):
+    """The optimiser's part of load_states."""
+    names = {"step", "exp_avg", "exp_avg_sq"} if "betas" in optimizer.defaults else (
+        {"momentum_buffer"} if optimizer.defaults["momentum"] else set())
+    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
+    for p in itertools.chain(*(group["params"] for group in optimizer.param_groups)):
+        averages = optimizer.state[p]
+        shapes = {name: x.shape for name, x in averages.items()}
+        if names and shapes != {name: () if name == "step" else p.shape for name in names}:
+            raise ValueError("the optimiser's state is of other parameters")
+        for name in names - {"step"}:  # laid out in memory as the parameter
+            averages[name] = torch.empty_like(p, requires_grad=False).copy_(averages[name])
 
 
 def begin_run(cfg, machine, data, model, optimizer, saved):
@@ -942,7 +949,7 @@ def begin_run(cfg, machine, data, model, optimizer, saved):
             raise InputError(f"{path!r} belongs to a run that differs in {', '.join(differ[:9])}"
                              f"{' ...' if len(differ) > 9 else ''}; give the same flags and data "
                              "to go on with it, or another --out to start afresh")
-        load_states(model, optimizer, saved, path)
+        load_states(saved, path, model, optimizer)
     if machine.rank == 0 and not cfg.bench:
         lock_folder(cfg.out)
         save_text(os.path.join(cfg.out, "config.json"), json.dumps(plain(cfg), indent=1))
@@ -950,9 +957,9 @@ def begin_run(cfg, machine, data, model, optimizer, saved):
         try:
             with open(log, "a+b") as f:  # rows beyond the checkpoint are of steps that were lost
                 f.seek(0)
-                known = saved["log_bytes"] if saved else 0
-                f.truncate(f.read(known).rfind(b"\n") + 1)
-                if f.tell() < known:
+                text, known = f.read(), saved["log_bytes"] if saved else 0
+                f.truncate(text.rfind(b"\n", 0, known) + 1)
+                if len(text) < known:
                     print(f"warning: {log!r} lacks rows that the checkpoint knows",
                           file=sys.stderr)
         except OSError as error:
@@ -989,12 +996,12 @@ def check_same_start(start, cfg, machine):
 
 
 def check_finite(broken, step, lr, *numbers):
-    """Raise InputError where a gradient was not finite (broken: the first such step, or 0), and
-    where one of `numbers`, weights or measures at `step`, or its square, is not."""
+    """End this process where a gradient was not finite (broken: the first such step, or 0), or one
+    of `numbers`, the weights or measures at `step` (or their sum of squares). Raises InputError."""
     numbers = [torch.as_tensor(x).detach() for x in numbers]
     norm = torch.nn.utils.get_total_norm([x for x in numbers if x.is_floating_point()])
     if int(broken) or not norm.isfinite():
-        if int(os.environ.get("RANK", 0)) > 0:
+        if int(broken) and int(os.environ.get("RANK", 0)) > 0:
             sys.exit(1)  # process 0 says it
         raise InputError(f"training diverged: the loss, a gradient or a weight is not finite at "
                          f"step {int(broken) or step} (learning rate {lr:.3g}); ckpt.pt, if there "

@@ -349,7 +349,7 @@ def test_shapes_are_a_function_of_the_index_and_splits_are_disjoint():
     a, b, c = ([x.open(i).tobytes() for i in range(60)] for x in (train, again, val))
     assert a == b and len(set(a)) == 60 and not set(a) & set(c)
     assert np.bincount(val.labels).tolist() == [len(val) // 8] * 8 and len(train.classes) == 8
-    assert np.bincount(train.labels[:160]).tolist() == [20] * 8 and {*train.labels[160:]} == {-1}
+    assert np.bincount(train.labels[:80]).tolist() == [10] * 8 and {*train.labels[80:]} == {-1}
 
 
 def test_a_folder_is_read_at_any_depth_through_links_that_may_loop(tmp_path):
@@ -878,7 +878,7 @@ def test_four_steps_equal_the_recipe_written_out(tmp_path, four):
                  beta2=0.9, transforms="exemplar", freeze_patch_embed=True)
     demo(tmp_path, *four[0], *(f"--{k}={v}" for k, v in flags.items()))
     torch.manual_seed(0)
-    cim = model.CIM("vit_d8", 64, 64, 1, freeze_patch_embed=True)
+    cim = model.CIM("vit_d8", 64, 64, 2, freeze_patch_embed=True)
     learned = [p for p in cim.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in learned if p.ndim == 2], weight_decay=0.3),
               dict(params=[p for p in learned if p.ndim != 2], weight_decay=0)]  # cls token: 3
@@ -1231,7 +1231,7 @@ def test_a_step_of_fine_tuning_equals_the_recipe_written_out(classes3, tmp_path)
 
 def test_a_linear_probe_trains_the_head_alone(classes3, tmp_path):
     """--recipe=linear: the encoder and its BatchNorm statistics stay, features are normalised
-    without parameters, and only the linear layer learns."""
+    without parameters, and only the linear layer learns. SGD goes on, with momentum or not."""
     tune(tmp_path, classes3, "--recipe=linear", "--model=resnet50", "--max_steps=1")
     torch.manual_seed(0)
     before = model.Classifier("resnet50", 3, probe=True).state_dict()
@@ -1239,6 +1239,11 @@ def test_a_linear_probe_trains_the_head_alone(classes3, tmp_path):
     assert {k for k in before if not torch.equal(before[k], after[k])} == {
         "head.weight", "head.bias", "fc_norm.running_mean", "fc_norm.running_var",
         "fc_norm.num_batches_tracked"}
+    for out, flags in (tmp_path, []), (tmp_path / "still", ["--beta1=0"]):
+        for steps in 1, 2:
+            rows = tune(out, classes3, "--recipe=linear", "--model=vit_d8" if flags else
+                        "--model=resnet50", f"--max_steps={steps}", *flags)
+        assert [row["step"] for row in rows] == [1, 2]
 
 
 def test_fine_tuning_goes_on_bit_for_bit(classes3, tmp_path, monkeypatch):
@@ -1250,6 +1255,11 @@ def test_fine_tuning_goes_on_bit_for_bit(classes3, tmp_path, monkeypatch):
         patch.setattr(finetune, "check_finite", lambda *_: signal.raise_signal(signal.SIGTERM))
         tune(tmp_path / "b", classes3, *flags)
     assert stop.value.code == 75 and len(read_log(tmp_path / "b")) == 2
+    shutil.copytree(tmp_path / "b", tmp_path / "c")  # a run that ends where it was stopped
+    tune(tmp_path / "c", classes3, *flags, "--max_steps=1")
+    got = score(tmp_path, "--bench=top1", f"--ckpt={tmp_path}/c/model.pt", f"--data={classes3}")
+    saved = torch.load(tmp_path / "c" / "model.pt", weights_only=True)
+    assert saved["top1"] == pytest.approx(got["top1"], abs=1e-3)
     parts = tune(tmp_path / "b", classes3, *flags, "--workers=1")
     assert [row["loss"] for row in whole] == [row["loss"] for row in parts]
     a, b = (torch.load(tmp_path / x / "model.pt", weights_only=True)["weights"] for x in "ab")
@@ -1902,7 +1912,7 @@ def test_rows_beyond_the_checkpoint_are_cut(tmp_path, long):
 @pytest.mark.parametrize("flag, words", [
     ("--batchsize=4", "--batchsize"), ("demo", "demo"), ("--preset=dmeo", "imagenette"),
     ("--epochs=many", "no int"), ("--batch_size=0", "from 1 to"), ("--lr=nan", "no float"),
-    ("--lr=1e999999999", "no float"), ("--lr=0", "above 0"), ("--clip=-1", "0 or more"),
+    ("--lr=1e999999999", "no float"), ("--lr=0", "above 0"), ("--clip=-1", "from 0 to"),
     ("--beta1=1", "below 1"), ("--flip=1.5", "between 0 and 1"), ("--seed=1" + 20 * "0", "2**63"),
     ("--scale=0.5", "two numbers"), ("--ratio=1/0,3", "no float"), ("--compile=maybe", "choose"),
     ("--freeze_patch_embed=maybe", "true nor false"), ("--context_size=150", "multiple of 8"),
@@ -2012,10 +2022,14 @@ def test_a_checkpoint_of_another_run_names_the_fields(tmp_path):
     photos, out = tmp_path / "photos", tmp_path / "again"
     save_images(photos, 20)
     demo(out, f"--data={photos}", "--max_steps=1")
-    with pytest.raises(InputError, match="lies among the images"):
-        demo(photos / "run", f"--data={photos}")
+    for inside in photos, photos / "run":
+        with pytest.raises(InputError, match="lies among the images"):
+            demo(inside, f"--data={photos}")
     (photos / "003.jpg").rename(photos / "x.jpg")
     with pytest.raises(InputError, match="differs in hash of their names"):
+        demo(out, f"--data={photos}", "--max_steps=2")
+    (photos / "x.jpg").unlink()
+    with pytest.raises(InputError, match=r"number of images \(18 there, 17 here\)"):
         demo(out, f"--data={photos}", "--max_steps=2")
 
 
@@ -2137,7 +2151,8 @@ def alone():
                                              world_size=1)
 
     yield begin
-    torch.distributed.destroy_process_group()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
     torch._dynamo.reset()
 
 
@@ -2155,18 +2170,21 @@ def test_ddp_compiles_each_block_once(alone, monkeypatch, capsys):
     assert counter.frame_count == 1 and "compiled 2 Block" in capsys.readouterr().out
 
 
-def test_a_resnet_with_synchronised_batchnorm_is_not_compiled(monkeypatch, capsys):
-    """SyncBatchNorm breaks the graph at each of 53 layers, so accelerate leaves it and says so."""
-    monkeypatch.setattr(pretrain.Machine, "syncs_batchnorm", True)
-    net = model.ResNet50()
-    pretrain.accelerate(net, dataclasses.replace(CPU, compile=True))
-    assert net._compiled_call_impl is None
-    assert "compiled nothing, since the BatchNorms" in capsys.readouterr().out
+def test_a_resnet_with_synchronised_batchnorm_is_not_compiled(capsys):
+    """SyncBatchNorm breaks the graph at each of 53 layers, so accelerate leaves it and says so;
+    without it the network is one graph."""
+    for convert, words in ((nn.SyncBatchNorm.convert_sync_batchnorm, "compiled nothing: Sync"),
+                           (nn.Identity(), "compiled 1 ResNet50")):
+        net = convert(model.ResNet50())
+        pretrain.accelerate(net, dataclasses.replace(CPU, compile=True))
+        assert (net._compiled_call_impl is None) == ("nothing" in words)
+        assert words in capsys.readouterr().out
 
 
 def test_compiled_hue_equals_eager():
     """The largest channel is found without an exact division, which a compiler need not give."""
-    x, shift = rand(4, 3, 32, 32).float(), rand(4, 1, 1, 1).float()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    x, shift = (rand(*shape).float().to(device) for shape in ((4, 3, 32, 32), (4, 1, 1, 1)))
     compiled = torch.compile(crop.shift_hue, fullgraph=True)
     try:
         got = compiled(x, shift)
@@ -2202,17 +2220,18 @@ def test_make_pairs_is_one_graph_that_does_not_depend_on_the_numbers():
     assert counter.frame_count == 1
 
 
-def test_compilation_falls_back_where_it_is_not_asked_for(monkeypatch, capsys):
+@pytest.mark.parametrize("text, words", [("no compiler\nand more", "no compiler"),
+                                         ("", "RuntimeError")])
+def test_compilation_falls_back_where_it_is_not_asked_for(text, words, monkeypatch, capsys):
     """Without Triton or a C compiler `auto` goes on with one sentence, and `true` is an error."""
     def fail(*_, **__):
-        raise RuntimeError("no compiler\nand much more")
+        raise RuntimeError(text)
 
     monkeypatch.setattr(torch, "compile", fail)
     assert pretrain.can_compile("auto", types.SimpleNamespace(type="cpu")) is False
     assert not capsys.readouterr().err
-    monkeypatch.setattr(torch, "ones", lambda *_, **__: None)
     assert pretrain.can_compile("auto", types.SimpleNamespace(type="cuda")) is False
-    assert "does not work here (no compiler); going on" in capsys.readouterr().err
+    assert f"does not work here ({words}); going on" in capsys.readouterr().err
     with pytest.raises(InputError, match="--compile=true: torch.compile does not work"):
         pretrain.setup_machine("cpu", "float32", "true")
 
@@ -2256,7 +2275,8 @@ def test_pairs_on_a_gpu_equal_those_on_the_cpu():
 @pytest.mark.parametrize("flags, tolerance", [
     ("", 2e-3), ("--compile=true", 2e-3), ("--compile=true --dtype=bfloat16", 2e-2)])
 def test_twenty_steps_on_a_gpu_follow_those_on_the_cpu(flags, tolerance, tmp_path):
-    """The loss of each step, in float32, compiled, and in bf16 (its rounding: 4e-3)."""
+    """The loss of each step, in float32 (the patch embedding in TF32, cuDNN's default), compiled,
+    and in bf16 (its rounding: 4e-3)."""
     rows = (demo(tmp_path / device, "--max_steps=20", f"--device={device}", "--compile=false",
                  *(flags.split() if device == "cuda" else [])) for device in ("cpu", "cuda"))
     cpu, cuda = ([row["loss"] for row in log] for log in rows)
@@ -2267,6 +2287,7 @@ def test_twenty_steps_on_a_gpu_follow_those_on_the_cpu(flags, tolerance, tmp_pat
 @pytest.mark.parametrize("n, m, d", [(17, 17, 64), (101, 101, 64), (100, 17, 32)])
 def test_attention_on_a_gpu_is_exact_to_its_rounding(n, m, d):
     """The three shapes of a step, in bf16 against float64: output and gradients to 1% in norm."""
+    torch.manual_seed(0)
     exact = [torch.randn(6, 3, k, d, dtype=torch.float64, device="cuda") for k in (n, m, m, n)]
     results = []
     for attention, dtype in ((F.scaled_dot_product_attention, torch.float64),
@@ -2304,8 +2325,9 @@ def test_a_deterministic_gpu_run_goes_on_bit_for_bit(tmp_path):
     code = ("import torch, pretrain; torch.use_deterministic_algorithms(True); "
             "pretrain.run(pretrain.main)")
     for out, steps in ("a", 6), ("b", 3), ("b", 6):
-        result = command("-c", code, *TINY, "--device=cuda", f"--max_steps={steps}",
-                         f"--out={tmp_path / out}", CUBLAS_WORKSPACE_CONFIG=":4096:8")
+        result = command("-c", code, *TINY, "--device=cuda", "--dtype=bfloat16",
+                         f"--max_steps={steps}", f"--out={tmp_path / out}", "--compile=false",
+                         CUBLAS_WORKSPACE_CONFIG=":4096:8")
         assert result.returncode == 0, result.stderr
     a, b = encoder_of(tmp_path / "a"), encoder_of(tmp_path / "b")
     assert all(torch.equal(a[key], b[key]) for key in a)
