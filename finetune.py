@@ -656,8 +656,13 @@ class Scenes:
 
     @contextlib.contextmanager
     def open(self, i):
-        image, mask = self.pairs[i]
-        with crop.open_image(image) as image, crop.open_image(mask) as mask:
+        path, mask_path = self.pairs[i]
+        with crop.open_image(path) as image:
+            try:
+                mask = crop.open_image(mask_path)
+                mask.load()
+            except Exception as error:  # the source's name is that of the image
+                raise ValueError(f"its mask {mask_path!r}: {error}") from error
             yield image, mask
 
     def largest_label(self, i):

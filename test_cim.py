@@ -1802,7 +1802,7 @@ def test_an_unreadable_scene_is_replaced_and_left_out(scenes, tmp_path, capsys):
     (data / "images" / "training" / "street" / "00.jpg").write_text("nothing")
     (data / "annotations" / "validation" / "street" / "03.png").write_text("nothing")
     rows, warnings = segment(tmp_path / "x", data, "--max_steps=3"), capsys.readouterr().err
-    assert rows[-1]["n"] == 4 and "00.jpg" in warnings and "03.jpg" in warnings
+    assert rows[-1]["n"] == 4 and "00.jpg" in warnings and "street/03.png'" in warnings
 
 
 # ------------------------------------------------------------------------------- 10. survival
