@@ -518,10 +518,11 @@ class Pictures:
         return self.dataset[i][0]
 
 
+# The inks of the generated scenes, RGB, and their motifs: how far a point lies inside the ink, of x
+# and y in repeats from the middle of one.
 INKS = np.array([[214, 40, 57], [244, 140, 6], [56, 142, 60], [2, 136, 209], [94, 53, 177],
                  [40, 40, 48]], dtype=np.float32)
-
-MOTIFS = {  # how far a point is inside the ink, of x and y in repeats from the middle of one
+MOTIFS = {
     "stripes": lambda x, y: 0.25 - abs(x),
     "checks": lambda x, y: np.sign(x * y) * np.minimum(abs(x), abs(y)),
     "dots": lambda x, y: 0.33 - np.hypot(x, y),

@@ -423,8 +423,8 @@ def map_scores(maps, logits, mean):
 
 
 def save_strip(cfg, count=6):
-    """strip.png from the run's maps/STEP.png: of the first one the exemplars and their maps, below
-    them the predicted maps of some steps, from the first to the last one."""
+    """strip.png from the run's maps/STEP.png: the first whole, below it the predicted maps of later
+    ones, up to the last, at about equal ratios of steps."""
     sheets = {}
     for path in glob.glob(os.path.join(glob.escape(os.path.dirname(cfg.ckpt)), "maps", "*.png")):
         with contextlib.suppress(Exception):  # a picture of something else, or a torn one

@@ -74,8 +74,8 @@ class Config:
     out: str = "out/finetune"  # the run's folder: config.json, log.jsonl, ckpt.pt, model.pt
     model: Literal["auto", *ENCODERS] = "auto"  # auto: the one in --init, else the recipe's
     # images
-    image_size: Pixels = 224  # in training
-    test_size: Pixels = 224  # in validation; segment: the shorter side, and a window's
+    image_size: Pixels = 224  # pixels, in training
+    test_size: Pixels = 224  # pixels, in validation; segment: the shorter side, and a window's
     scale: Pair = (0.08, 1.0)  # area of a random crop; segment: shorter side over image_size
     flip: Share = 0.5  # probability of a mirrored image
     photometric: Share = 0.0  # segment: probability of each change of light and colour

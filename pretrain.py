@@ -111,8 +111,8 @@ class Config:
     classes: str = ""  # a file with the names of the class folders to keep, one a line
     out: str = "out/pretrain"  # the run's folder: config.json, log.jsonl, ckpt.pt, encoder.pt
     # crops (Table 1)
-    context_size: Pixels = 160
-    exemplar_size: Pixels = 64
+    context_size: Pixels = 160  # side of a context, pixels
+    exemplar_size: Pixels = 64  # side of an exemplar, pixels
     exemplars: Count = 6  # of each context
     scale: Pair = (0.05, 1.0)  # area r0 of an exemplar, as a fraction of the context
     ratio: Pair = (1 / 3, 3.0)  # aspect r1 = h / w, log-uniform
