@@ -470,7 +470,8 @@ def find_images(root):
 class Folder:
     """Images in a folder tree; the first folder level is the class, -1 for images outside any.
 
-    classes: names of the class folders to keep, in label order (None: all of them, sorted).
+    classes: names of the class folders to keep, in label order (None: all of them, sorted). Where
+    no folder has the whole name its first word counts, as in `n01443537 goldfish, ...`.
     Raises InputError when the folder or one of the classes is missing, or when no image is found.
     """
 
@@ -480,12 +481,15 @@ class Folder:
                              f"one of {', '.join(BUILT_IN)}")
         pairs = [(p, p.split(os.sep)[0] if os.sep in p else None) for p in find_images(root)]
         found = {c for _, c in pairs if c is not None}
-        self.root, self.classes = root, sorted(found) if classes is None else list(classes)
+        self.root, self.classes = root, sorted(found) if classes is None else [
+            name if name in found else name.split()[0] for name in classes]
         missing = [c for c in self.classes if c not in found]
         if missing:
             raise InputError(f"{root!r} has no images of {len(missing)} classes: "
                              f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}")
         number = {c: k for k, c in enumerate(self.classes)} | ({None: -1} if not classes else {})
+        if len(set(self.classes)) < len(self.classes):
+            raise InputError(f"the class list names a folder of {root!r} twice")
         self.paths = [p for p, c in pairs if c in number]
         self.labels = [number[c] for _, c in pairs if c in number]
         if not self.paths:

@@ -205,6 +205,7 @@ class ResNet50(nn.Module):
 
 ENCODERS = {  # name: (width, depth, patch) of a ViT
     "vit_d8": (64, 2, 8),  # for the demo
+    "vit_e8": (128, 4, 8),  # for experiments on a CPU
     "vit_t16": (192, 12, 16),
     "vit_s16": (384, 12, 16),
     "vit_b16": (768, 12, 16),

@@ -108,10 +108,12 @@ class Config:
     preset: Literal["paper", "imagenette", "demo"] = "paper"  # values for the fields; flags win
     # where
     data: str = "data/imagenet"  # a folder; shapes, imagenette, cifar10, stl10; none: noise to time
-    classes: str = ""  # a file with the names of the class folders to keep, one a line
+    classes: str = ""  # a file with the class folders to keep, one a line, its first word
     out: str = "out/pretrain"  # the run's folder: config.json, log.jsonl, ckpt.pt, encoder.pt
     # crops (Table 1)
     context_size: Pixels = 160  # side of a context, pixels
+    context_scale: Pair = (0.5, 1.0)  # area of a context, as a fraction of the image
+    context_flip: Share = 0.5  # probability of a mirrored context, before exemplars are cut
     exemplar_size: Pixels = 64  # side of an exemplar, pixels
     exemplars: Count = 6  # of each context
     scale: Pair = (0.05, 1.0)  # area r0 of an exemplar, as a fraction of the context
@@ -167,6 +169,8 @@ class Config:
             if getattr(self, name) % stride:
                 raise InputError(f"--{name} {getattr(self, name)} is no multiple of {stride}, the "
                                  f"stride of {self.model}")
+        if not 0 < self.context_scale[0] <= self.context_scale[1] <= 1:
+            raise InputError(f"--context_scale {self.context_scale} must be 0 < low <= high <= 1")
         crop.check_crops(self.scale, self.ratio, self.rotation)
 
 
@@ -257,7 +261,8 @@ def uniforms(cfg, stream, count):
 
 def contexts_of(source, indices, cfg, replace=True):
     """The data set of random contexts."""
-    cut = functools.partial(crop.cut_context, size=cfg.context_size)
+    cut = functools.partial(crop.cut_context, size=cfg.context_size, scale=cfg.context_scale,
+                            flip=cfg.context_flip)
     return crop.Samples(source, indices, cfg.seed, cut, replace)
 
 
