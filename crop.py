@@ -483,13 +483,13 @@ class Folder:
         found = {c for _, c in pairs if c is not None}
         self.root, self.classes = root, sorted(found) if classes is None else [
             name if name in found else name.split()[0] for name in classes]
+        if len(set(self.classes)) < len(self.classes):
+            raise InputError(f"the class list names a folder of {root!r} twice")
         missing = [c for c in self.classes if c not in found]
         if missing:
             raise InputError(f"{root!r} has no images of {len(missing)} classes: "
                              f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}")
         number = {c: k for k, c in enumerate(self.classes)} | ({None: -1} if not classes else {})
-        if len(set(self.classes)) < len(self.classes):
-            raise InputError(f"the class list names a folder of {root!r} twice")
         self.paths = [p for p, c in pairs if c in number]
         self.labels = [number[c] for _, c in pairs if c in number]
         if not self.paths:

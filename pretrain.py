@@ -108,7 +108,7 @@ class Config:
     preset: Literal["paper", "imagenette", "demo"] = "paper"  # values for the fields; flags win
     # where
     data: str = "data/imagenet"  # a folder; shapes, imagenette, cifar10, stl10; none: noise to time
-    classes: str = ""  # a file with the class folders to keep, one a line, its first word
+    classes: str = ""  # a file with the class folders to keep, one a line (its first word)
     out: str = "out/pretrain"  # the run's folder: config.json, log.jsonl, ckpt.pt, encoder.pt
     # crops (Table 1)
     context_size: Pixels = 160  # side of a context, pixels

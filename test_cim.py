@@ -167,11 +167,14 @@ def predictions(net, folder, names, cut=partial(crop.cut_centre, size=32), among
 
 # ------------------------------------------------------------------------------------- 1. crops
 
-TABLE_1 = [  # scale, ratio, rotation: every row of Table 1 a-c
+LIKE_AREAS = (0.05, 0.235)  # of the README's rows of Tables 1b and 1c
+TABLE_1 = [  # scale, ratio, rotation: every row of Table 1 a-c, and of b and c with areas up to 1
     *[(s, (1, 1), 0) for s in [(0.16, 0.16), (0.05, 0.16), (0.16, 1.0), (0.05, 1.0)]],
-    *[((0.05, 0.235), (1 / q, q), 0) for q in (1, 4 / 3, 2, 3, 4)],
-    *[((0.05, 0.235), (1 / 3, 3), r) for r in (45, 90, 135, 180)],
-    *[((0.05, 1.0), (1 / q, q), r) for q, r in ((3, 45), (4, 180))],
+    *[(LIKE_AREAS, (1 / q, q), 0) for q in (1, 4 / 3, 2, 3, 4)],
+    *[(LIKE_AREAS, (1 / 3, 3), r) for r in (45, 90, 135, 180)],
+    *[((0.05, 1.0), (1 / q, q), 0) for q in (4 / 3, 2, 3, 4)],
+    *[((0.05, 1.0), (1 / 3, 3), r) for r in (45, 90, 135, 180)],
+    ((0.05, 1.0), (1 / 4, 4), 180),
 ]
 
 
@@ -198,7 +201,8 @@ def corners(boxes):
 @pytest.mark.parametrize("scale, ratio, rotation", TABLE_1)
 def test_boxes_have_the_area_aspect_and_angle_they_were_drawn_with(scale, ratio, rotation):
     """Figure 3: w h = r0, h / w = r1 and alpha hold exactly, and no box leaves the context. The
-    largest r0 is that of a box grown in the middle until it sticks out."""
+    largest r0 is that of a box grown in the middle until it sticks out. The README's rows of Tables
+    1b and 1c have the same areas, since their largest fits at every aspect and angle."""
     u, boxes = uniform_boxes(scale=scale, ratio=ratio, rotation=rotation)
     cx, cy, w, h, angle, flip = boxes.unbind(-1)
     r1 = ratio[0] * (ratio[1] / ratio[0]) ** u[:, 1]
@@ -215,7 +219,7 @@ def test_boxes_have_the_area_aspect_and_angle_they_were_drawn_with(scale, ratio,
         low, high = torch.where(inside, area, low), torch.where(inside, high, area)
     largest = low.clamp(max=scale[1])
     torch.testing.assert_close(w * h, scale[0] + (largest - scale[0]) * u[:, 0])
-    assert scale[1] > 0.235 or (largest == scale[1]).all()  # so Tables 1b and 1c compare like areas
+    assert scale != LIKE_AREAS or (largest == scale[1]).all()
 
 
 def test_area_is_uniform_for_upright_squares_and_small_on_average_by_default():
@@ -355,8 +359,9 @@ def test_shapes_are_a_function_of_the_index_and_splits_are_disjoint():
 
 def test_a_folder_is_read_at_any_depth_through_links_that_may_loop(tmp_path):
     """Extensions count in any case; classes are the first level. Links are followed, loops end, and
-    two links to one folder list its images once. A class list names them by first words. A pipe is not listed: it would never answer. A
-    file is opened as one of the listed formats or not at all, whatever its name."""
+    two links to one folder list its images once. A class list names a folder by the whole line or
+    its first word, each folder once. A pipe is not listed: it would never answer. A file is opened
+    as one of the listed formats or not at all, whatever its name."""
     root, elsewhere, eps = tmp_path / "root", tmp_path / "elsewhere", tmp_path / "eps.jpg"
     save_images(root / "b" / "deep" / "er", 2, ext=".JPG")
     save_images(root / "a", 1, ext=".png")
@@ -371,6 +376,10 @@ def test_a_folder_is_read_at_any_depth_through_links_that_may_loop(tmp_path):
     assert images.paths == ["a/000.png", "b/deep/er/000.JPG", "b/deep/er/001.JPG", "c/000.jpg"]
     assert images.classes == ["a", "b", "c"] and images.labels == [0, 1, 1, 2]
     assert some.paths == ["a/000.png", "c/000.jpg"] and some.labels == [1, 0]
+    (root / "a").rename(root / "a x")
+    assert crop.Folder(str(root), ["c", "a x"]).paths == ["a x/000.png", "c/000.jpg"]
+    with pytest.raises(InputError, match="a folder of .* twice"):
+        crop.Folder(str(root), ["c one", "c two"])
     Image.new("RGB", (9, 9)).save(eps, "EPS")  # Pillow would start Ghostscript to load it
     with pytest.raises(OSError):
         crop.open_image(eps)
@@ -657,7 +666,7 @@ def test_the_readme_has_every_ablation():
     """Tables 1 to 4 and Figure 4: each value that the paper compares is a row of the README."""
     rows = [config(*flags.split()) for flags in ROWS.values()]
     crops = [np.hstack([c.scale, c.ratio, c.rotation]) for c in rows]
-    assert all(any(np.allclose(np.hstack(row), c) for c in crops) for row in TABLE_1[:14])
+    assert all(any(np.allclose(np.hstack(row), c) for c in crops) for row in TABLE_1[:13])
     for name, values in dict(
             transforms=["exemplar", "context", "both", "none"], bootstrap=model.BOOTSTRAPS,
             correlation=model.CORRELATIONS, predictor=model.PREDICTORS, loss=model.LOSSES,
@@ -875,8 +884,9 @@ def test_four_steps_equal_the_recipe_written_out(tmp_path, four):
     """The loop is Table 9 and Eqs. 2-7 and nothing else: the same four steps by hand, with every
     crop probability different and the patch embedding frozen, give the same checkpoint."""
     crops = dict(flip=0.4, jitter=0.9, gray=0.3, blur=0.6, solarize=0.1)
-    flags = dict(crops, context_flip=0.3, context_scale="0.2,0.6", lr=0.02, clip=0.5, weight_decay=0.3, tau=0.7, warmup_epochs=0.4, beta1=0.8,
-                 beta2=0.9, transforms="exemplar", freeze_patch_embed=True)
+    flags = dict(crops, context_flip=0.3, context_scale="0.2,0.6", lr=0.02, clip=0.5, beta1=0.8,
+                 beta2=0.9, weight_decay=0.3, tau=0.7, warmup_epochs=0.4, transforms="exemplar",
+                 freeze_patch_embed=True)
     demo(tmp_path, *four[0], *(f"--{k}={v}" for k, v in flags.items()))
     torch.manual_seed(0)
     cim = model.CIM("vit_d8", 64, 64, 2, freeze_patch_embed=True)
