@@ -1013,7 +1013,7 @@ def test_a_bench_leaves_the_files_of_a_run_alone(tmp_path, four):
 # ---------------------------------------------------------------------------------- 6. honesty
 
 @pytest.mark.parametrize("encoder, count, m, n, width, lr, steps, share", [
-    ("vit_d8", 8, 32, 16, 64, 2e-3, 120, 0.7), ("resnet50", 1, 128, 64, 512, 3e-4, 30, 0.9)])
+    ("vit_d8", 8, 32, 16, 64, 2e-3, 180, 0.6), ("resnet50", 1, 128, 64, 512, 3e-4, 30, 0.9)])
 def test_a_few_images_can_be_overfitted(encoder, count, m, n, width, lr, steps, share):
     """The loss falls well below that of each image's mean map, the best answer that does not tell
     its exemplars apart."""
@@ -1021,9 +1021,8 @@ def test_a_few_images_can_be_overfitted(encoder, count, m, n, width, lr, steps, 
     cim = model.CIM(encoder, m, width, freeze_patch_embed=False)
     contexts = first_images(crop.Shapes("train"), count, m)
     pairs = crop.make_pairs(contexts, rand(count, 7, crop.UNIFORMS, dtype=torch.float32), n)[:3]
-    optimizer = torch.optim.AdamW(pretrain.parameter_groups(cim, 0.05), fused=True)
-    for step in range(steps):
-        pretrain.set_learning_rate(optimizer, pretrain.learning_rate(step, steps, lr, 5))
+    optimizer = torch.optim.AdamW(pretrain.parameter_groups(cim, 0.05), lr=lr, fused=True)
+    for _ in range(steps):
         loss, _ = cim(*pairs)
         loss.backward()
         optimizer.step()
