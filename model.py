@@ -189,6 +189,7 @@ class ResNet50(nn.Module):
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.to(memory_format=torch.channels_last)  # the layout in which convolutions are faster
 
     def forward(self, images):
         x = F.relu(self.bn1(self.conv1(images)))

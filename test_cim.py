@@ -539,14 +539,18 @@ def test_vit_equals_torchvisions():
 
 def test_resnet50_equals_torchvisions():
     """ResNet-50 with torchvision's weights gives its last feature map, row by row, in training and
-    in evaluation, and updates its BatchNorm statistics in the same way."""
-    theirs, ours = torchvision.models.resnet50(weights=None), model.build_encoder("resnet50")
+    in evaluation, and updates its BatchNorm statistics in the same way. In float64: convolutions of
+    another memory layout round otherwise."""
+    theirs = torchvision.models.resnet50(weights=None).double()
+    ours, x = model.build_encoder("resnet50").double(), torch.randn(2, 3, 96, 64).double()
     ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")})
-    body, x = nn.Sequential(*list(theirs.children())[:-2]), torch.randn(2, 3, 96, 64)
+    body = nn.Sequential(*list(theirs.children())[:-2])
     for mode in (True, False):
         expected = body.train(mode)(x)  # [2, 2048, 3, 2]
-        torch.testing.assert_close(ours.train(mode)(x), expected.permute(0, 2, 3, 1).flatten(1, 2))
-    assert all(torch.equal(v, theirs.state_dict()[k]) for k, v in ours.state_dict().items())
+        torch.testing.assert_close(ours.train(mode)(x), expected.permute(0, 2, 3, 1).flatten(1, 2),
+                                   atol=1e-9, rtol=1e-9)
+    for key, value in ours.state_dict().items():
+        torch.testing.assert_close(value, theirs.state_dict()[key], atol=1e-9, rtol=1e-9)
 
 
 @pytest.mark.parametrize("name, width, parameters", [
