@@ -324,7 +324,8 @@ class CIM(nn.Module):
     freeze_patch_embed: a ViT keeps its random patch embedding, as in MoCo v3 and the released code.
     bootstrap (Table 2): in "online_exemplar", the paper's choice, the online encoder sees the
     exemplars and the target the contexts; "online_context" is the other way round; "shared" is one
-    encoder for both. correlation and predictor: Figures 4a and 4b. loss: Table 3.
+    set of weights for both; BatchNorm keeps statistics for each, since it normalises each by itself.
+    correlation and predictor: Figures 4a and 4b. loss: Table 3.
     Raises ValueError for a size that does not fit and a word that is not in the lists above.
     """
 
@@ -342,9 +343,10 @@ class CIM(nn.Module):
             raise ValueError(f"context_size {context_size} is no multiple of {self.online.stride}")
         if freeze_patch_embed and isinstance(self.online, ViT):
             self.online.patch_embed.requires_grad_(False)
-        self.target = self.online
-        if bootstrap != "shared":  # stop-gradient: requires_grad is False in the target
-            self.target = copy.deepcopy(self.online).requires_grad_(False)
+        weights = self.online.parameters() if bootstrap == "shared" else ()
+        self.target = copy.deepcopy(self.online, {id(w): w for w in weights})  # all but these
+        if bootstrap != "shared":
+            self.target.requires_grad_(False)  # stop-gradient
         self.decoder = CorrelationDecoder(self.online.width, context_size // self.online.stride,
                                           decoder_width, decoder_depth, correlation, predictor)
 
@@ -367,7 +369,9 @@ class CIM(nn.Module):
     @torch.no_grad()
     def update_target(self, tau):
         """Eq. 3: target = tau target + (1 - tau) online, for parameters and BatchNorm statistics.
-        Integers (BatchNorm's counters) are copied. A shared encoder does not change by this."""
+        Integers (BatchNorm's counters) are copied. A shared encoder has nothing to average."""
+        if self.bootstrap == "shared":
+            return
         target, online = self.target.state_dict(), self.online.state_dict()
         floats = [key for key in target if target[key].is_floating_point()]
         torch._foreach_lerp_([target[k] for k in floats], [online[k] for k in floats], 1 - tau)
@@ -586,7 +590,7 @@ class Tracking(nn.Module):
     def __init__(self, head, encoder="vit_b16", context_size=160, freeze_patch_embed=True):
         super().__init__()
         cim = CIM(encoder, context_size, freeze_patch_embed=freeze_patch_embed, bootstrap="shared")
-        self.online = self.target = cim.online  # only its encoder is used
+        self.online, self.target = cim.online, cim.target  # only its encoder is used
         self.decoder = TRACKERS[head](self.online.width, context_size // self.online.stride)
         self.map_weight = 8.334 if head == "transt" else 1.0  # of the loss on the map
 

@@ -500,7 +500,7 @@ def main(argv=None):
             check_finite(broken, done, lr, *cim.state_dict().values())
         if logs:
             row = dict(step=done, epoch=done / plan.per_epoch, loss=machine.mean(loss), lr=lr,
-                       tau=None if cim.target is cim.online else tau,
+                       tau=None if cim.bootstrap == "shared" else tau,
                        grad_norm=grad_norm.item(), **clock.rates(done, cfg.batch_size))
             row |= held_out.evaluate(cim) if evaluates else dict.fromkeys(HeldOut.MEASURES)
             write_row(cfg, machine, plan, row)
