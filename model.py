@@ -324,7 +324,8 @@ class CIM(nn.Module):
     freeze_patch_embed: a ViT keeps its random patch embedding, as in MoCo v3 and the released code.
     bootstrap (Table 2): in "online_exemplar", the paper's choice, the online encoder sees the
     exemplars and the target the contexts; "online_context" is the other way round; "shared" is one
-    set of weights for both; BatchNorm keeps statistics for each, since it normalises each by itself.
+    set of weights for both; BatchNorm keeps statistics for each, since it normalises each by itself,
+    and the online encoder has those of contexts, which are more like the images of later tasks.
     correlation and predictor: Figures 4a and 4b. loss: Table 3.
     Raises ValueError for a size that does not fit and a word that is not in the lists above.
     """
@@ -361,7 +362,7 @@ class CIM(nn.Module):
         """Eq. 2: -> h_c [B, N, D] and h_z [B, K, Nz, D]. The context's cls token is dropped since
         it is no position; the exemplars keep theirs as one more key and value."""
         exemplar_encoder, context_encoder = self.online, self.target
-        if self.bootstrap == "online_context":
+        if self.bootstrap != "online_exemplar":
             exemplar_encoder, context_encoder = self.target, self.online
         h_z = exemplar_encoder(exemplars.flatten(0, 1)).unflatten(0, exemplars.shape[:2])
         return context_encoder(context)[:, context_encoder.prefix:], h_z

@@ -662,14 +662,15 @@ def test_the_target_normalises_contexts_by_contexts():
 
 def test_a_shared_encoder_keeps_statistics_of_exemplars_and_of_contexts():
     """Table 2, shared, and the trackers: one set of weights sees both sides. In training BatchNorm
-    normalises each side by itself, so it has to remember each for evaluation."""
+    normalises each side by itself, so it has to remember each for evaluation. What is kept as the
+    encoder has seen contexts."""
     pairs = tiny_cim("resnet50")[1][:2]
     for cim in (model.CIM("resnet50", 128, 32, bootstrap="shared"),
                 model.Tracking("siamfc", "resnet50", 128)):
         assert all(a is b for a, b in zip(cim.online.parameters(), cim.target.parameters()))
         cim.encode(*pairs)
         cim.update_target(0.5)
-        for encoder, images in ((cim.target, pairs[0]), (cim.online, pairs[1].flatten(0, 1))):
+        for encoder, images in ((cim.online, pairs[0]), (cim.target, pairs[1].flatten(0, 1))):
             mean = cim.online.conv1(images).mean((0, 2, 3))
             torch.testing.assert_close(encoder.bn1.running_mean, 0.1 * mean)
 
