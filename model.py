@@ -586,7 +586,7 @@ class Tracking(nn.Module):
     few positions inside a box of a video frame; here all pixels have the same weight."""
 
     bootstrap = "shared"
-    encode, update_target = CIM.encode, CIM.update_target  # as in CIM with one shared encoder
+    encode, update_target = CIM.encode, CIM.update_target  # as in CIM with shared weights
 
     def __init__(self, head, encoder="vit_b16", context_size=160, freeze_patch_embed=True):
         super().__init__()

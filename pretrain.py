@@ -128,7 +128,7 @@ class Config:
     # model
     model: Literal[*ENCODERS] = "vit_b16"  # the encoder
     freeze_patch_embed: Switch = True  # keep a ViT's patch embedding as initialised
-    bootstrap: Literal[*BOOTSTRAPS] = "online_exemplar"  # Table 2; shared has one encoder, no tau
+    bootstrap: Literal[*BOOTSTRAPS] = "online_exemplar"  # Table 2; shared weights: no tau
     decoder: Literal["cim", *TRACKERS] = "cim"  # a tracker (Table 4) reads no other field of these
     decoder_width: Count = 512  # channels, a multiple of 32; one head for each 32 (Figure 4d)
     decoder_depth: Count = 1  # correlation layers (Figure 4c)

@@ -662,8 +662,8 @@ def test_the_target_normalises_contexts_by_contexts():
 
 def test_a_shared_encoder_keeps_statistics_of_exemplars_and_of_contexts():
     """Table 2, shared, and the trackers: one set of weights sees both sides. In training BatchNorm
-    normalises each side by itself, so it has to remember each for evaluation. What is kept as the
-    encoder has seen contexts."""
+    normalises each side by itself, so it has to remember each for evaluation. `online`, which is
+    what encoder.pt holds, has the statistics of contexts."""
     pairs = tiny_cim("resnet50")[1][:2]
     for cim in (model.CIM("resnet50", 128, 32, bootstrap="shared"),
                 model.Tracking("siamfc", "resnet50", 128)):
