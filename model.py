@@ -344,8 +344,8 @@ class CIM(nn.Module):
             raise ValueError(f"context_size {context_size} is no multiple of {self.online.stride}")
         if freeze_patch_embed and isinstance(self.online, ViT):
             self.online.patch_embed.requires_grad_(False)
-        weights = self.online.parameters() if bootstrap == "shared" else ()
-        self.target = copy.deepcopy(self.online, {id(w): w for w in weights})  # all but these
+        shared = self.online.parameters() if bootstrap == "shared" else ()  # these are not copied
+        self.target = copy.deepcopy(self.online, {id(w): w for w in shared})
         if bootstrap != "shared":
             self.target.requires_grad_(False)  # stop-gradient
         self.decoder = CorrelationDecoder(self.online.width, context_size // self.online.stride,
