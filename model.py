@@ -323,10 +323,10 @@ class CIM(nn.Module):
     encoder: a name for build_encoder. context_size: m, a multiple of the encoder's stride.
     freeze_patch_embed: a ViT keeps its random patch embedding, as in MoCo v3 and the released code.
     bootstrap (Table 2): in "online_exemplar", the paper's choice, the online encoder sees the
-    exemplars and the target the contexts; "online_context" is the other way round; "shared" is one
-    set of weights for both; BatchNorm keeps statistics for each, since it normalises each by itself,
-    and the online encoder has those of contexts, which are more like the images of later tasks.
-    correlation and predictor: Figures 4a and 4b. loss: Table 3.
+    exemplars and the target the contexts; "online_context" is the other way round; in "shared" both
+    have the same weights, and only BatchNorm's statistics are apart: the online encoder has those
+    of contexts, which are whole images as later tasks have them. correlation and predictor: Figures
+    4a and 4b. loss: Table 3.
     Raises ValueError for a size that does not fit and a word that is not in the lists above.
     """
 

@@ -667,7 +667,8 @@ def test_a_shared_encoder_keeps_statistics_of_exemplars_and_of_contexts():
     pairs = tiny_cim("resnet50")[1][:2]
     for cim in (model.CIM("resnet50", 128, 32, bootstrap="shared"),
                 model.Tracking("siamfc", "resnet50", 128)):
-        assert all(a is b for a, b in zip(cim.online.parameters(), cim.target.parameters()))
+        assert all(a is b for a, b in zip(cim.online.parameters(), cim.target.parameters(),
+                                          strict=True))
         cim.encode(*pairs)
         cim.update_target(0.5)
         for encoder, images in ((cim.online, pairs[0]), (cim.target, pairs[1].flatten(0, 1))):
