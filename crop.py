@@ -179,12 +179,13 @@ def gaussian_blur(x, sigma):
     return weights @ x @ weights.mT
 
 
-def transform(x, u, jitter=0.8, gray=0.2, blur=0.5, solarize=0.2):
+def transform(x, u, jitter=0.8, gray=0.2, blur=0.5, solarize=0.2, exemplar_size=64):
     """Recolour and blur images x [..., 3, n, n] in [0, 1], each by its own uniforms u [..., 9].
 
     jitter: brightness, contrast, saturation by up to 0.4, 0.4, 0.2 and hue by 0.1 of a turn; gray;
-    blur with sigma 0.1 to 2 pixels; solarize: invert what is brighter than 0.5. Each argument is
-    the probability of one; 0 turns it off. The mirror of Table 1d is the flip of sample_boxes.
+    blur with sigma 0.1 to 2 pixels where exemplars have 64, in proportion at other sizes; solarize:
+    invert what is brighter than 0.5. Each of these arguments is the probability of one; 0 turns it
+    off. The mirror of Table 1d is the flip of sample_boxes.
     DEVIATION: the four jitters are applied in this order, where torchvision shuffles them."""
     (jitters, brightness, contrast, saturation, hue, grays, blurs, sigma,
      solarizes) = (v[..., None, None, None] for v in u.unbind(-1))
@@ -198,7 +199,8 @@ def transform(x, u, jitter=0.8, gray=0.2, blur=0.5, solarize=0.2):
     if gray > 0:
         x = torch.where(grays < gray, to_gray(x).expand_as(x), x)
     if blur > 0:
-        x = torch.where(blurs < blur, gaussian_blur(x, 0.1 + 1.9 * sigma), x)
+        sigma = (0.1 + 1.9 * sigma) * exemplar_size / 64
+        x = torch.where(blurs < blur, gaussian_blur(x, sigma), x)
     if solarize > 0:
         x = torch.where((solarizes < solarize) & (x >= 0.5), 1 - x, x)
     return x
@@ -222,10 +224,11 @@ def make_pairs(context, u, exemplar_size=64, scale=(0.05, 1.0), ratio=(1 / 3, 3.
     theta = affine_from_boxes(sample_boxes(u[:, :-1, :6], scale, ratio, rotation, flip))
     exemplars = crop_exemplars(context, theta, exemplar_size)
     maps = rasterize_maps(theta, context.shape[-1])
+    options = (jitter, gray, blur, solarize, exemplar_size)
     if transforms in ("exemplar", "both"):
-        exemplars = transform(exemplars, u[:, :-1, 6:], jitter, gray, blur, solarize)
+        exemplars = transform(exemplars, u[:, :-1, 6:], *options)
     if transforms in ("context", "both"):
-        context = transform(context, u[:, -1, 6:], jitter, gray, blur, solarize)
+        context = transform(context, u[:, -1, 6:], *options)
     return normalize(context), normalize(exemplars), maps, theta
 
 

@@ -247,10 +247,11 @@ class CorrelationLayer(nn.Module):
             self.f_v = None
 
     def forward(self, h_c, h_z, positions):
-        h_c = self.f_c(h_c)  # DEVIATION: the residual of Eq. 5 is f_c(h_c), so that widths agree
-        q, k = h_c + positions, self.f_k(h_z)  # positions: the PE of the paper
+        q, k = self.f_c(h_c) + positions, self.f_k(h_z)  # positions: the PE of the paper
         a = convolution(q, k) if self.f_v is None else cross_attention(q, k, self.f_v(h_z))
-        h = h_c + a
+        # DEVIATION: the paper's residual is h_c; the authors' code takes the query, which says
+        # where each token is, and learns faster by it.
+        h = q + a
         return h + self.mlp(self.norm(h))  # Eq. 5
 
 

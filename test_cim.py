@@ -302,7 +302,8 @@ def test_shrinking_a_large_box_does_not_alias(m, n):
 
 def test_each_transformation_equals_torchvisions_and_is_drawn_per_exemplar():
     """Table 1d: jitter, gray, blur and solarise equal torchvision's functions called one image at
-    a time with the same numbers, and one of probability p touches a share p of the exemplars."""
+    a time with the same numbers, and one of probability p touches a share p of the exemplars. The
+    blur's sigma of 0.1 to 2 pixels is for exemplars of 64, half of it for exemplars of 32."""
     off = dict(jitter=0, gray=0, blur=0, solarize=0)
     x, u = rand(5, 3, 24, 24, seed=1).float(), rand(5, 9, seed=2).float()
     got = {name: crop.transform(x, u, **off | {name: 1}) for name in off}
@@ -314,6 +315,9 @@ def test_each_transformation_equals_torchvisions_and_is_drawn_per_exemplar():
         torch.testing.assert_close(got["jitter"][i], y, atol=2e-3, rtol=0)  # theirs: 0.2989 red
         y = TF.gaussian_blur(x[i], 17, 0.1 + 1.9 * sigma)[:, 8:-8, 8:-8]
         torch.testing.assert_close(got["blur"][i, :, 8:-8, 8:-8], y, atol=1e-4, rtol=0)
+        y = TF.gaussian_blur(x[i], 17, 0.05 + 0.95 * sigma)[:, 8:-8, 8:-8]
+        half = crop.transform(x, u, **off | {"blur": 1}, exemplar_size=32)
+        torch.testing.assert_close(half[i, :, 8:-8, 8:-8], y, atol=1e-4, rtol=0)
     torch.testing.assert_close(got["gray"], TF.rgb_to_grayscale(x, 3), atol=1e-3, rtol=0)
     torch.testing.assert_close(got["solarize"], TF.solarize(x, 0.5))
     assert crop.transform(x, u, **off) is x
@@ -581,8 +585,8 @@ def test_positions_are_the_fixed_sincos_of_row_and_column():
 
 
 def test_cross_attention_equals_multihead_attention():
-    """Eqs. 4 and 5: nn.MultiheadAttention of f_c(h_c) + PE without a projection after the heads,
-    then h = h_c + a + MLP(LN(h_c + a)), where h_c is f_c(h_c)."""
+    """Eqs. 4 and 5: nn.MultiheadAttention of q = f_c(h_c) + PE without a projection after the
+    heads, then h = q + a + MLP(LN(q + a)), in every layer of the decoder."""
     torch.manual_seed(0)
     layer = model.CorrelationLayer(48, 40, 64)
     h_c, h_z, positions = torch.randn(2, 1, 9, 48), torch.randn(2, 5, 7, 40), torch.randn(9, 64)
@@ -592,10 +596,15 @@ def test_cross_attention_equals_multihead_attention():
         "v_proj_weight": layer.f_v.weight, "out_proj.weight": torch.eye(64),
         "out_proj.bias": torch.zeros(64),
         "in_proj_bias": torch.cat([torch.zeros(64), layer.f_k.bias, layer.f_v.bias])})
-    got, h = layer(h_c, h_z, positions), layer.f_c(h_c[:, 0])
+    got, q = layer(h_c, h_z, positions), layer.f_c(h_c[:, 0]) + positions
     for k in range(5):
-        a, _ = oracle(h + positions, h_z[:, k], h_z[:, k])
-        torch.testing.assert_close(got[:, k], h + a + layer.mlp(layer.norm(h + a)))
+        a, _ = oracle(q, h_z[:, k], h_z[:, k])
+        torch.testing.assert_close(got[:, k], q + a + layer.mlp(layer.norm(q + a)))
+    decoder = model.CorrelationDecoder(40, 3, 64, 2, "cross_attention", "linear")
+    h_c, (first, second) = torch.randn(2, 9, 40), decoder.layers
+    h = second(first(h_c[:, None], h_z, decoder.positions), h_z, decoder.positions)
+    expected = model.upsample(decoder.predictor(h).view(2, 5, 3, 3), 12)
+    torch.testing.assert_close(decoder(h_c, h_z, 12), expected)
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -770,15 +779,16 @@ def correlate(x, kernel):
 
 @pytest.mark.parametrize("n, contexts", [(2, 1), (3, 1), (4, 2)])
 def test_convolution_correlates_channel_by_channel(n, contexts):
-    """Figure 4a: channel by channel f_c(h_c) + PE meets f_k(h_z) without its cls; then Eq. 5."""
+    """Figure 4a: channel by channel q = f_c(h_c) + PE meets f_k(h_z) without its cls; then Eq. 5.
+    """
     layer = model.CorrelationLayer(8, 10, 32, "convolution").double()
     h_c, h_z, positions = rand(2, contexts, 25, 8) - 0.5, rand(2, 2, 1 + n * n, 10), rand(25, 32)
     got = layer(h_c, h_z, positions)
     for b, k in np.ndindex(2, 2):
-        h = layer.f_c(h_c[b, k % contexts])
-        q, kernel = (h + positions).T.view(32, 5, 5), layer.f_k(h_z[b, k, 1:]).T.view(32, n, n)
-        a = torch.stack([correlate(q[[c]], kernel[[c]]) for c in range(32)]).flatten(1).T / n**2
-        torch.testing.assert_close(got[b, k], h + a + layer.mlp(layer.norm(h + a)))
+        q = layer.f_c(h_c[b, k % contexts]) + positions
+        grid, kernel = q.T.view(32, 5, 5), layer.f_k(h_z[b, k, 1:]).T.view(32, n, n)
+        a = torch.stack([correlate(grid[[c]], kernel[[c]]) for c in range(32)]).flatten(1).T / n**2
+        torch.testing.assert_close(got[b, k], q + a + layer.mlp(layer.norm(q + a)))
 
 
 def test_the_deep_predictor_is_three_deconvolutions():
