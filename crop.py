@@ -12,8 +12,8 @@ label is needed: the map follows from the numbers that cut the exemplar.
 
 What feeds it; a first reading can stop here:
 
-    6. image sources    folders, generated shapes, torchvision's data sets
-    7. command line     `python crop.py PHOTO` and `python crop.py --bench FOLDER`
+    6. image sources    folders, generated shapes, Imagenette
+    7. command line     `python crop.py PHOTO`
 
 Uniform numbers in, crops out: sections 1 to 3 hold no random state, so the same numbers give the
 same pairs on any machine and on any number of processes. Letters: B contexts, K exemplars of each,
@@ -22,18 +22,15 @@ y down, both in [-1, 1] over the outer edges of the context (align_corners=False
 """
 
 import argparse
-import hashlib
-import json
 import math
 import os
 import sys
 import time
-from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import Image, ImageDraw, ImageFont
 
 
 class InputError(ValueError):
@@ -59,18 +56,12 @@ def largest_area(ratio, rotation):
 
 
 def check_crops(scale, ratio, rotation):
-    """Raise InputError unless boxes of these ranges exist at every angle and aspect."""
-    if not 0 < scale[0] <= scale[1] <= 1:
-        raise InputError(f"scale {scale} must be 0 < low <= high <= 1 (areas r0)")
-    if not 0 < ratio[0] <= ratio[1]:
-        raise InputError(f"ratio {ratio} must be 0 < low <= high (aspects r1 = h / w)")
-    if not 0 <= rotation <= 180:
-        raise InputError(f"rotation {rotation} must be between 0 and 180 degrees")
+    """Raise InputError unless boxes of these ranges fit the context at every angle and aspect."""
     largest = largest_area(ratio, rotation)
-    if scale[0] > largest + 1e-9:
-        raise InputError(f"scale starts at {scale[0]:.3g}, but with ratio up to "
-                         f"{max(ratio[1], 1 / ratio[0]):.3g} and rotation up to {rotation:g} "
-                         f"degrees only boxes of area up to {largest:.3f} fit at every angle")
+    if not 0 < scale[0] <= min(scale[1], largest + 1e-9) <= 1 or ratio[0] > ratio[1]:
+        raise InputError(f"areas {scale} and ratios {ratio} go from low to high. Areas begin above "
+                         f"0, at {largest:.3f} at most, so that a box fits at every angle and "
+                         "aspect, and end at 1 at most")
 
 
 def sample_boxes(u, scale=(0.05, 1.0), ratio=(1 / 3, 3.0), rotation=45.0, flip=0.5):
@@ -246,22 +237,27 @@ def draw_crop(rng, width, height, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
     return (width - w) / 2, (height - h) / 2, w, h
 
 
+TURNS = dict(zip(range(2, 9), (  # EXIF's orientations; photos from 5 on are stored on their side
+    Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM, Image.TRANSPOSE,
+    Image.ROTATE_270, Image.TRANSVERSE, Image.ROTATE_90)))
+
+
+def orientation(image):
+    """A key of TURNS, or 1: upright, which is also what damaged EXIF data are taken for."""
+    if image.format == "TIFF":
+        image.load()  # newer versions of Pillow turn a TIFF then, and call it upright
+    try:
+        value = image.getexif().get(0x0112)
+    except Exception:  # Pillow raises many kinds
+        value = None
+    return value if value in TURNS else 1
+
+
 def to_rgb(image):
-    """Any Pillow mode to 8-bit RGB; 16-bit gray keeps its high byte, transparency shows white.
-    Raises ValueError for pixels of 32 bits, since nothing says which of their values is white."""
-    image.load()
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image  # convert would copy it
-    if image.mode == "F" or image.mode == "I" and image.format != "PPM":  # 16 bits there
-        raise ValueError(f"pixels of 32 bits, mode {image.mode}, whose white is not known")
+    """Any Pillow mode to 8-bit RGB, as `convert` does it; 16-bit gray keeps its high byte."""
     if image.mode.startswith("I"):
-        gray = np.asarray(image)
-        gray = np.where(gray == image.info.get("transparency"), 65535, gray)
-        return Image.fromarray((gray >> 8).clip(0, 255).astype(np.uint8)).convert("RGB")
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
+    return image if image.mode == "RGB" else image.convert("RGB")
 
 
 def cut_box(image, choose, size):
@@ -269,16 +265,14 @@ def cut_box(image, choose, size):
     height) names, rounded to whole pixels, resized bicubically to uint8 [3, size, size].
 
     A JPEG is decoded at the smallest of 1, 1/2, 1/4, 1/8 of its size that still has `size` pixels
-    in the part (Pillow's draft), which costs little. PyTorch resizes bytes three times as fast as
-    Pillow does, and the values differ by two of 255 levels at most."""
-    orientation = image.getexif().get(0x0112)  # 1 to 8; whatever else a file holds is upright
-    width, height = image.size
-    if orientation in (5, 6, 7, 8):  # the photo is stored lying on its side
-        width, height = height, width
+    in the part (Pillow's draft), which costs little. PyTorch resizes bytes faster than Pillow does:
+    a worker gives 1.2 to 1.8 times as many crops; values differ by two of 255 levels at most."""
+    turn = orientation(image)
+    width, height = image.size if turn < 5 else image.size[::-1]
     left, top, w, h = choose(width, height)
     shrink = size / min(w, h)
     image.draft("RGB", (math.ceil(image.width * shrink), math.ceil(image.height * shrink)))
-    image = to_rgb(ImageOps.exif_transpose(image) if orientation in range(2, 9) else image)
+    image = to_rgb(image if turn == 1 else image.transpose(TURNS[turn]))
     fx, fy = image.width / width, image.height / height
     left, top = min(round(left * fx), image.width - 1), min(round(top * fy), image.height - 1)
     right, bottom = left + max(1, round(w * fx)), top + max(1, round(h * fy))
@@ -320,8 +314,8 @@ class Samples(torch.utils.data.Dataset):
     """(epoch, i) -> (cut(image, rng), j): the data set of crops of source[indices[i]]; j is the
     image's number in the source. rng is seeded by (seed, epoch, i) alone.
 
-    An image that cannot be read is named in a warning and the next one takes its part; ten of them
-    in a row are an InputError. With replace=False, for evaluation, its sample is None instead."""
+    An image that cannot be read is named once, and the next one takes its part; ten of them in a
+    row are an InputError. With replace=False, for evaluation, its sample is None instead."""
 
     def __init__(self, source, indices, seed, cut, replace=True):
         self.source, self.indices, self.seed, self.cut = source, indices, seed, cut
@@ -332,22 +326,31 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, i = key
-        for k in range(min(10, len(self)) if self.replace else 1):
+        for k in range(10 if self.replace else 1):
             j = self.indices[(i + k) % len(self)]
-            try:
-                with self.source.open(j) as image:
-                    rng = np.random.default_rng((self.seed, 3, epoch, i))  # stream 3: crops
-                    return self.cut(image, rng), j
-            except Exception as error:  # Pillow raises many kinds on damaged files
-                name = self.source.name(j)
-                if name not in self.named:
-                    self.named.add(name)
-                    print(f"warning: cannot read {name!r} ({type(error).__name__}: {error}); "
-                          + ("the next image replaces it" if self.replace else "it is left out"),
-                          file=sys.stderr, flush=True)
+            sample = self.read(j, (self.seed, 3, epoch, i))  # stream 3: crops
+            if sample is not None:
+                return sample, j
         if self.replace:
-            raise InputError(f"{k + 1} images in a row cannot be read, the last one is {name!r}: "
-                             "repair or remove them, if the warnings are not about your code")
+            raise InputError(f"ten images in a row cannot be read, {self.source.paths[j]!r} among "
+                             "them")
+
+    def read(self, j, seed, again=True):
+        """The crop of image j, or None, with a warning, where it cannot be read."""
+        try:
+            with self.source.open(j) as image:
+                return self.cut(image, np.random.default_rng(seed))
+        except InputError:
+            raise
+        except Exception as error:  # Pillow raises many kinds on damaged files
+            if again and getattr(error, "errno", None):  # of the disk, not of the file
+                time.sleep(1)
+                return self.read(j, seed, again=False)
+            if j not in self.named:
+                self.named.add(j)
+                print(f"warning: cannot read {self.source.paths[j]!r} ({error}): it is "
+                      f"{'replaced by the next one' if self.replace else 'left out'}",
+                      file=sys.stderr, flush=True)
 
 
 def collate(samples):
@@ -385,57 +388,49 @@ def map_iou(maps, logits):
 
 
 def contact_sheet(context, exemplars, maps, theta, logits=None, tile=TILE):
-    """A picture of normalised pairs: context with its boxes, exemplars, maps, and predicted maps
-    with their IoU.
+    """A picture of normalised pairs: context with its boxes; exemplars, maps, and below these the
+    predicted maps with their IoU.
 
     context [B, 3, m, m], exemplars [B, K, 3, n, n], maps and logits [B, K, m, m], theta
     [B, K, 2, 3], on the CPU -> PIL image, one band for each of the B contexts. The side of a box
     that is the top of its exemplar is drawn thick."""
-    rows = ["exemplars", "maps"] + ([] if logits is None else ["predicted"])
-    gap, margin = tile // 12, tile * 3 // 4
-    big = len(rows) * (tile + gap) - gap  # the side of the context's picture
-    first = gap + big + margin  # where the tiles begin
-    band = big + 2 * gap
-    sheet = Image.new("RGB", (first + theta.shape[1] * (tile + gap), gap + len(theta) * band - gap),
-                      "white")
+    (B, K), gap, step = theta.shape[:2], tile // 12, tile + tile // 12
+    big = (2 if logits is None else 3) * step - gap  # the side of the context's picture
+    sheet = Image.new("RGB", (2 * gap + big + K * step, gap + B * (big + 2 * gap)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(tile // 7)
     square = torch.tensor([[-1, -1, 1], [1, -1, 1], [1, 1, 1], [-1, 1, 1.0]])  # x, y, 1
-    for b in range(len(theta)):
-        picture, top = paint(context[b]), gap + b * band
-        sheet.paste(picture.resize((big, big), Image.BICUBIC), (gap, top))
-        for r, name in enumerate(rows):
-            middle = top + r * (tile + gap) + tile // 2
-            draw.text((first - 4, middle), name, "#333333", font, anchor="rm")
-        for k in range(theta.shape[1]):
-            colour, x = COLOURS[k % len(COLOURS)], first + k * (tile + gap)
-            corners = (square @ theta[b, k].T + 1) / 2 * big + torch.tensor([gap, top])
-            corners = [tuple(corner) for corner in corners.tolist()]
-            draw.line([*corners, corners[0]], colour, max(1, tile // 48))
-            draw.line(corners[:2], colour, tile // 16)
-            tiles = [paint(exemplars[b, k]), paint_map(maps[b, k], picture)]
-            if logits is not None:
-                tiles.append(paint_map(logits[b, k].float().sigmoid(), picture))
-            for r, image in enumerate(tiles):
-                y = top + r * (tile + gap)
-                sheet.paste(image.resize((tile, tile), Image.BICUBIC), (x, y))
-                draw.rectangle([x, y, x + tile - 1, y + tile - 1], None, colour, tile // 48)
-            if logits is not None:
-                draw.text((x + tile // 16, y + tile - tile // 16),
-                          f"IoU {100 * map_iou(maps[b, k], logits[b, k]):.0f}%", "white", font,
-                          anchor="ls", stroke_width=tile // 32, stroke_fill="black")
-            draw.line([x, top, x + tile - 1, top], colour, tile // 16)
+    for b, k in np.ndindex(B, K):
+        picture, top = paint(context[b]), gap + b * (big + 2 * gap)
+        if k == 0:
+            sheet.paste(picture.resize((big, big), Image.BICUBIC), (gap, top))
+        colour, x = COLOURS[k % len(COLOURS)], 2 * gap + big + k * step
+        corners = (square @ theta[b, k].T + 1) / 2 * big + torch.tensor([gap, top])
+        corners = [tuple(corner) for corner in corners.tolist()]
+        draw.line([*corners, corners[0]], colour, max(1, tile // 48))
+        draw.line(corners[:2], colour, tile // 16)
+        tiles = [paint(exemplars[b, k]), paint_map(maps[b, k], picture)]
+        if logits is not None:
+            tiles.append(paint_map(logits[b, k].float().sigmoid(), picture))
+        for r, image in enumerate(tiles):
+            sheet.paste(image.resize((tile, tile), Image.BICUBIC), (x, top + r * step))
+        if logits is not None:
+            iou = map_iou(maps[b, k], logits[b, k])
+            draw.text((x + gap, top + big - gap), f"IoU {iou:.0%}", "white", font, anchor="ls",
+                      stroke_width=tile // 32, stroke_fill="black")
+        draw.rectangle([x, top, x + tile - 1, top + big - 1], None, colour, max(1, tile // 48))
+        draw.line([x, top, x + tile - 1, top], colour, tile // 16)
     return sheet
 
 
 # ------------------------------------------------------------------------------ 6. image sources
 
-# A source has len(source), source.open(i) -> PIL image, source.name(i), and for tasks with labels
-# source.classes, the names, and source.labels, the number of each image's class.
+# A source has len(source), source.open(i) -> PIL image, source.paths, the images' names, and for
+# tasks with labels source.classes and source.labels, the number of each image's class, -1 for none.
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # theirs, by Pillow's names
-BUILT_IN = ("shapes", "imagenette", "cifar10", "stl10", "none")
-DOWNLOADS = "data"  # the folder that torchvision's data sets are downloaded to
+BUILT_IN = ("shapes", "imagenette", "none")
+DOWNLOADS = "data"  # the folder that Imagenette is downloaded to
 
 
 def open_image(path):
@@ -445,11 +440,9 @@ def open_image(path):
 
 
 def find_images(root):
-    """Paths of the image files below `root` at any depth, relative to it, sorted.
-
-    Links to folders are followed after all else, and each real folder is visited once, so that
-    loops end and a folder's images stay where they really are. Raises InputError where a folder
-    cannot be read."""
+    """Paths of the image files below `root` at any depth, sorted. Links to folders are followed
+    after all else, and each real folder is visited once, so that loops end and a folder's images
+    stay where they really are. Raises InputError where a folder is missing or cannot be read."""
     def complain(error):
         raise InputError(f"cannot look into the folder {error.filename!r}: {error.strerror}")
 
@@ -462,67 +455,47 @@ def find_images(root):
             visited.add(os.path.realpath(folder))
             inner[:] = sorted(name for name in inner if not name.startswith("."))
             tops += [path for name in inner if os.path.islink(path := os.path.join(folder, name))]
-            for name in files:
-                path = os.path.join(folder, name)
-                if (name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-                        and os.path.isfile(path)):  # a pipe would never answer
-                    found.append(os.path.relpath(path, root))
+            found += [os.path.join(folder, name) for name in files
+                      if name.lower().endswith(EXTENSIONS) and not name.startswith(".")]
     return sorted(found)
 
 
 class Folder:
     """Images in a folder tree; the first folder level is the class, -1 for images outside any.
 
-    classes: names of the class folders to keep, in label order (None: all of them, sorted). Where
-    no folder has the whole name its first word counts, as in `n01443537 goldfish, ...`.
-    Raises InputError when the folder or one of the classes is missing, or when no image is found.
-    """
+    classes: names of the class folders to keep, in label order (None: all of them, sorted). Raises
+    InputError where the folder or one of the classes has no images."""
 
     def __init__(self, root, classes=None):
-        if not os.path.isdir(root):
-            raise InputError(f"there is no folder {root!r}: --data takes a folder of images or "
-                             f"one of {', '.join(BUILT_IN)}")
-        pairs = [(p, p.split(os.sep)[0] if os.sep in p else None) for p in find_images(root)]
-        found = {c for _, c in pairs if c is not None}
-        self.root, self.classes = root, sorted(found) if classes is None else [
-            name if name in found else name.split()[0] for name in classes]
-        if len(set(self.classes)) < len(self.classes):
-            raise InputError(f"the class list names a folder of {root!r} twice")
-        missing = [c for c in self.classes if c not in found]
-        if missing:
-            raise InputError(f"{root!r} has no images of {len(missing)} classes: "
-                             f"{', '.join(missing[:5])}{' ...' if len(missing) > 5 else ''}")
-        number = {c: k for k, c in enumerate(self.classes)} | ({None: -1} if not classes else {})
-        self.paths = [p for p, c in pairs if c in number]
-        self.labels = [number[c] for _, c in pairs if c in number]
-        if not self.paths:
-            raise InputError(f"no images in {root!r}: looked at any depth for "
-                             f"{' '.join(EXTENSIONS)}")
+        paths = find_images(root)
+        parts = [os.path.relpath(path, root).split(os.sep) for path in paths]
+        folders = [part[0] if len(part) > 1 else None for part in parts]
+        self.classes = sorted({*folders} - {None}) if classes is None else classes
+        missing = sorted({*self.classes} - {*folders})
+        if missing or not paths:
+            raise InputError(f"{root!r} has no images{' of the class ' if missing else ''}"
+                             f"{', '.join(missing[:5])}: looked for {' '.join(EXTENSIONS)}")
+        number = {name: k for k, name in enumerate(self.classes)}
+        kept = [i for i, name in enumerate(folders) if classes is None or name in number]
+        self.paths = [paths[i] for i in kept]
+        self.labels = [number.get(folders[i], -1) for i in kept]
 
     def __len__(self):
         return len(self.paths)
 
-    def name(self, i):
-        return os.path.join(self.root, self.paths[i])
+    def open(self, i):
+        return open_image(self.paths[i])
+
+
+class Noise:
+    """The same random pixels for each image, to time everything but the loading."""
+
+    paths, labels, classes = ["noise"] * 64_000, [0, 1] * 32_000, ["one", "two"]
+    __len__ = Folder.__len__
 
     def open(self, i):
-        return open_image(self.name(i))
-
-
-class Pictures:
-    """A data set of torchvision, which gives (PIL image, label), as a source."""
-
-    def __init__(self, title, dataset, labels, classes):
-        self.title, self.dataset, self.labels, self.classes = title, dataset, labels, classes
-
-    def __len__(self):
-        return len(self.dataset)
-
-    def name(self, i):
-        return f"image {i} of {self.title}"
-
-    def open(self, i):
-        return self.dataset[i][0]
+        pixels = np.random.default_rng(0).integers(256, size=(192, 192, 3), dtype=np.uint8)
+        return Image.fromarray(pixels)
 
 
 # The inks of the generated scenes, RGB, and their motifs: how far a point lies inside the ink, of x
@@ -556,15 +529,12 @@ class Shapes:
     classes = list(MOTIFS)
 
     def __init__(self, split):
-        self.split, self.number = split, list(self.SIZES).index(split)
+        self.number = list(self.SIZES).index(split)
+        self.paths = [f"scene {i} of {split}" for i in range(self.SIZES[split])]
         self.labels = [i % len(self.classes) if i < self.LABELLED or split == "val" else -1
                        for i in range(self.SIZES[split])]
 
-    def __len__(self):
-        return len(self.labels)
-
-    def name(self, i):
-        return f"shapes {self.split} scene {i}"
+    __len__ = Folder.__len__
 
     def open(self, i):
         rng, motifs, S = np.random.default_rng((self.number, i)), len(MOTIFS), self.SIDE
@@ -593,144 +563,72 @@ class Shapes:
 
 
 def read_classes(path):
-    """The class folders named in a file, one a line (None for an empty path: all of them)."""
-    if not path:
-        return None
-    if not os.path.isfile(path):
-        raise InputError(f"cannot read the class list {path!r}: it is no file")
-    try:
-        with open(path, encoding="utf-8-sig") as f:
-            names = [line.strip() for line in f if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"cannot read the class list {path!r}: {error}") from error
-    if not names or len(set(names)) < len(names):
-        raise InputError(f"{path!r} should name each class once, one a line")
-    return names
+    """The class folders named in a file, the first word of each line (None for an empty path: all
+    of them). Raises InputError where there is no such file, or where it names a folder twice."""
+    if path and not os.path.isfile(path):
+        raise InputError(f"there is no class list {path!r}")
+    names = path and [line.split()[0] for line in open(path, encoding="utf-8-sig") if line.strip()]
+    if len({*names}) < len(names):
+        raise InputError(f"the class list {path!r} names a folder twice")
+    return names or None
 
 
 def open_images(data, split, classes=None):
-    """The source for `data`, a folder or one of BUILT_IN, and a split, 'train' or 'val'.
-
-    A folder is read as it is, whatever the split: its caller knows where train/ and val/ are.
-    Raises InputError: no such folder, no images, a class list that does not fit, no download."""
-    from torchvision import datasets
-    if data not in BUILT_IN:
-        return Folder(data, classes)
-    if data != "imagenette" and classes is not None:
-        raise InputError(f"--classes picks class folders; {data!r} is not a folder")
-    if data == "shapes":
-        return Shapes(split)
-    if data == "none":  # random pixels, to time everything but the loading
-        noise = datasets.FakeData(64_000, num_classes=1000)
-        return Pictures("noise", noise, [0] * len(noise), [str(k) for k in range(1000)])
-    try:
-        if data == "imagenette":
-            folder = datasets.Imagenette(DOWNLOADS, split, size="320px", download=True)
-            return Folder(folder._image_root, classes)
-        if data == "cifar10":
-            d = datasets.CIFAR10(DOWNLOADS, train=split == "train", download=True)
-            return Pictures(f"CIFAR-10 {split}", d, d.targets, d.classes)
-        part = "train+unlabeled" if split == "train" else "test"
-        d = datasets.STL10(DOWNLOADS, part, download=True)
-        return Pictures(f"STL-10 {split}", d, d.labels.tolist(), d.classes)
-    except (OSError, RuntimeError) as error:
-        raise InputError(f"could not download {data!r} to {DOWNLOADS!r} ({error}); "
-                         "--data=shapes needs no download") from error
+    """The source for a split, 'train' or 'val', of `data`: one of BUILT_IN, or a folder, which is
+    read as it is where it has no folder of that name. Raises InputError where it has no images."""
+    if data in ("shapes", "none"):
+        return Shapes(split) if data == "shapes" else Noise()
+    if data == "imagenette":
+        from torchvision import datasets
+        folder = datasets.Imagenette(DOWNLOADS, split, size="320px", download=True)
+        return Folder(folder._image_root, classes)
+    if not os.path.isdir(data):
+        raise InputError(f"there is no folder {data!r}: --data takes a folder of images or one of "
+                         f"{', '.join(BUILT_IN)}")
+    part = os.path.join(data, split)
+    return Folder(part if os.path.isdir(part) else data, classes)
 
 
-def train_and_val(data, seed, classes=None, held_out=256):
-    """Images to train on and at most `held_out` fixed ones (None: no limit) to measure on.
+def train_and_val(data, seed, classes=None, held_out=None):
+    """Images to train on and at most `held_out` fixed ones (None: no limit) to measure on: those of
+    val/ where there are train/ and val/, else 5% that are drawn with the seed.
 
     Returns ((source, indices), (source, indices), a sentence that says what was chosen)."""
-    def part(split):
-        return data if data in BUILT_IN else os.path.join(data, split)
-
-    has_train = data in BUILT_IN or os.path.isdir(part("train"))
-    train = open_images(part("train") if has_train else data, "train", classes)
+    train = open_images(data, "train", classes)
     rng = np.random.default_rng((seed, 1))  # stream 1: the split
-    if has_train and (data in BUILT_IN or os.path.isdir(part("val"))):
-        val = open_images(part("val"), "val", classes)
-        rows = rng.permutation(len(val))[:held_out].tolist() if held_out else list(range(len(val)))
-        return ((train, list(range(len(train)))), (val, rows),
-                f"{len(train)} images of the train split; {len(rows)} of the val split held out")
+    if data in BUILT_IN or all(os.path.isdir(os.path.join(data, x)) for x in ("train", "val")):
+        val = open_images(data, "val", classes)
+        rows = rng.permutation(len(val)).tolist() if held_out else list(range(len(val)))
+        return ((train, list(range(len(train)))), (val, rows[:held_out]),
+                f"{len(train)} images of train, {len(rows[:held_out])} of val held out")
     order = rng.permutation(len(train)).tolist()
     count = max(2, len(train) // 20)  # 5%, but two at least and one less than all at most
     count = min(count, held_out or count, len(train) - 1)
     return ((train, sorted(order[count:])), (train, order[:count]),
-            f"{len(train) - count} images; no val split, so {count} more, drawn with the seed, "
-            "are held out")
-
-
-def describe_data(train, held_out, out, classes=()):
-    """What a checkpoint keeps of its data, to know them again: the number of images, a hash of the
-    names of all, the classes in order. train, held_out: (source, indices). Raises InputError where
-    the run's folder `out` lies among the images, since its pictures would become data."""
-    names = hashlib.sha256()
-    for source, indices in (train, held_out):
-        root = os.path.realpath(getattr(source, "root", os.devnull)) + os.sep
-        if (os.path.realpath(out) + os.sep).startswith(root):
-            raise InputError(f"--out {out!r} lies among the images of {source.root!r}, and the "
-                             "run's pictures would become data: name a folder elsewhere")
-        for i in indices:
-            names.update(os.fsencode(source.name(i)) + b"\0")
-    return {"number of images": len(train[1]), "hash of their names": names.hexdigest()[:16],
-            **{f"class {k}": name for k, name in enumerate(classes)}}
+            f"{len(train) - count} images; no val/, so {count} more, drawn with the seed, are held "
+            "out")
 
 
 # ------------------------------------------------------------------------------- 7. command line
 
-def bench(folder, seconds=3.0, rounds=5):
-    """Contexts of 160 pixels a second that one core decodes and crops: a dict with their median."""
-    torch.set_num_threads(1)
-    source = Folder(folder)
-    samples = Samples(source, list(range(len(source))), 0, partial(cut_context, size=160))
-
-    def rate():
-        began, n = time.perf_counter(), 0
-        while time.perf_counter() - began < seconds:
-            samples[0, n % len(samples)]
-            n += 1
-        return round(n / (time.perf_counter() - began), 1)
-
-    rate()  # the first round reads the files from the disk
-    rates = sorted(rate() for _ in range(rounds))
-    return {"bench": "contexts", "images_per_s": rates[rounds // 2], "slowest": rates[0],
-            "fastest": rates[-1], "n": len(source), "context_size": 160}
-
-
 def main():
-    """Write a contact sheet of one photo, or measure one core."""
-    parser = argparse.ArgumentParser(allow_abbrev=False, description="Crops of one photo as a "
-                                     "contact sheet: context, six exemplars, six maps.")
-    parser.add_argument("photo", nargs="?", help="an image file")
+    """Write a contact sheet of one photo: the context, its six exemplars, their maps."""
+    parser = argparse.ArgumentParser(description=main.__doc__, allow_abbrev=False)
+    parser.add_argument("photo", help="an image file")
     parser.add_argument("--out", default="crops.png", help="the picture to write (%(default)s)")
     parser.add_argument("--seed", type=int, default=2, help="another seed, other crops")
-    parser.add_argument("--bench", metavar="FOLDER", help="contexts/s of one core, as JSON")
     args = parser.parse_args()
-    if args.bench:
-        return print(json.dumps(bench(args.bench)))
-    if not args.photo:
-        parser.error("name a photo, or --bench FOLDER")
-    if not 0 <= args.seed < 2**63:
-        parser.error("--seed is a number from 0 to 2**63 - 1")
-    rng = np.random.default_rng(args.seed)
     try:
         with open_image(args.photo) as image:
-            context = cut_context(image, rng, size=480)
-    except Exception as error:  # Pillow raises many kinds on damaged files
-        raise InputError(f"cannot read {args.photo!r} as an image: {error}") from error
+            context = cut_context(image, np.random.default_rng(args.seed), size=480)
+    except OSError as error:
+        sys.exit(f"crop.py: cannot read {args.photo!r} as an image: {error}")
     u = torch.rand(1, 7, UNIFORMS, generator=torch.Generator().manual_seed(args.seed))
     # 480 and 192 pixels are three times the usual 160 and 64, for a sharper picture.
     sheet = contact_sheet(*make_pairs(context[None], u, exemplar_size=192), tile=192)
-    try:
-        sheet.save(args.out)
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot write {args.out!r}: {error}") from error
+    sheet.save(args.out)
     print(f"wrote {args.out}: the context, its six exemplars and their maps")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except InputError as error:
-        sys.exit(f"crop.py: {error}")
+    main()

@@ -16,8 +16,6 @@
     8. maps        of a pre-trained model (Figures 5 and 6)
 """
 
-import contextlib
-import glob
 import json
 import os
 import time
@@ -27,23 +25,17 @@ from typing import Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFont
 
 import crop
-import finetune
 import pretrain
 from crop import InputError
-from finetune import (Batches, accuracy, centre_crops, check_outputs, check_size, labelled_data,
-                      load_weights, match_labels, mean_iou, open_scenes, read_weights, whole_scenes)
-from model import ENCODERS, Classifier, Segmenter
-from pretrain import (Count, Positive, Real, Share, Switch, Whole, Workers, load_checkpoint, number,
-                      parse_config, restore, run, save_picture, save_text, setup_machine)
+from finetune import (Batches, Config as Recipe, accuracy, build_model, centre_crops, labelled_data,
+                      load_weights, match_labels, mean_iou, read_weights, Scenes, whole_scenes)
+from model import ENCODERS, Classifier
+from pretrain import load_checkpoint, number, parse_config, run, save_file, save_text, setup_machine
 
 
 # ------------------------------------------------------------------------------------ 1. Config
-
-Side = number(int, lambda x: 0 <= x <= 4096, "from 0 to 4096")
-
 
 @dataclass(frozen=True)
 class Config:
@@ -52,30 +44,24 @@ class Config:
     bench: Literal["top1", "knn", "fgsm", "pgd", "imagenet_c", "imagenet_a", "imagenet_r",
                    "imagenet_sketch", "miou", "maps"] = "top1"  # what to measure
     ckpt: str = "out/finetune/model.pt"  # knn: any file of weights, or scratch; maps: ckpt.pt
-    use_target: Switch = False  # score the moving average of a pre-training checkpoint
-    model: Literal["auto", *ENCODERS] = "auto"  # the encoder, for --ckpt=scratch
+    model: Literal[("auto", *ENCODERS)] = "auto"  # the encoder, for --ckpt=scratch
     data: str = "data/imagenet"  # val/CLASS/* or CLASS/*, a built-in source; miou: as ADE20K
     classes: str = ""  # a file with the names of the class folders to keep, one a line
     out: str = ""  # where BENCH.json goes; by default the folder of --ckpt
-    size: Side = 0  # pixels; 0 is what a model was validated at, else 224
-    test_crop: Share = 0.0  # centre crop over shorter side; 0 is as validated, else 0.95
-    k: Count = 20  # nearest neighbours that vote (knn)
-    temperature: Positive = 0.07  # of their votes, exp(cosine / temperature) (knn)
-    eps: Real = 1.0  # largest change of a pixel in 255ths (fgsm, pgd)
-    step: Real = 0.5  # change of a pixel in one step, in 255ths (pgd)
-    steps: Count = 5  # steps of the attack (pgd)
-    rows: Count = 3  # images in the picture (maps)
-    pictures: Whole = 0  # images to paint with truth and prediction, miou_*.png (miou)
-    seed: Whole = 0  # of an untrained encoder, a split without val/ (knn) and random starts (pgd)
+    size: int = 224  # pixels of the centre crop (knn); others are as in validation
+    k: int = 20  # nearest neighbours that vote (knn)
+    temperature: number = 0.07  # of their votes, exp(cosine / temperature) (knn)
+    eps: number = 1.0  # largest change of a pixel in 255ths (fgsm, pgd)
+    step: number = 0.5  # change of a pixel in one step, in 255ths (pgd)
+    steps: int = 5  # steps of the attack (pgd)
+    pictures: int = 4  # images to paint (maps, miou)
+    seed: int = 0  # of an untrained encoder, a split without val/ (knn) and random starts (pgd)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto takes a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the chip has it
-    workers: Workers = -1  # loader processes for each process; -1 uses the cores at hand
+    workers: int = -1  # loader processes for each process; -1 uses the cores at hand
 
 
 # -------------------------------------------------------------------------------------- 2. main
-
-FRACTIONS = ("skill", "loss", "baseline")  # other scores are in percent
-
 
 def folder_of(cfg):
     """Where results go."""
@@ -83,102 +69,71 @@ def folder_of(cfg):
 
 
 def main(argv=None):
-    """Run one bench; print its scores and, as the last line, its JSON."""
+    """Run one bench; print its scores as JSON, the last line."""
     cfg = parse_config(Config, {}, argv, __doc__.split("\n")[0])
-    machine = setup_machine(cfg.device, cfg.dtype, "false")
     began = time.perf_counter()
-    result = BENCHES[cfg.bench](cfg, machine)
-    if machine.rank > 0:
-        return
-    seconds = time.perf_counter() - began
-    images = result["n"] + result.get("bank", 0)
-    report = dict(bench=cfg.bench, **result, seconds=seconds, images_per_s=images / seconds,
-                  ckpt=cfg.ckpt, use_target=cfg.use_target, data=cfg.data, processes=machine.world,
-                  dtype=machine.dtype)
-    report = json.loads(json.dumps(report), parse_float=lambda x: round(float(x), 4))
-    for name in result:
-        if isinstance(report[name], (int, float)):
-            unit = "%" if isinstance(report[name], float) and name not in FRACTIONS else ""
-            print(f"{name:>10}  {report[name]:g}{unit}")
-    name = cfg.bench + "_target" * cfg.use_target + ".json"
-    save_text(os.path.join(folder_of(cfg), name), json.dumps(report))
-    print(json.dumps(report))
+    with setup_machine(cfg) as machine:
+        result = BENCHES[cfg.bench](cfg, machine)
+        report = json.dumps(dict(bench=cfg.bench, **result, ckpt=cfg.ckpt, data=cfg.data,
+                                 seconds=time.perf_counter() - began, dtype=machine.dtype))
+        machine.say(report)
+        if machine.rank == 0:
+            save_text(f"{folder_of(cfg)}/{cfg.bench}.json", report)
 
 
 # --------------------------------------------------------------------------------- 3. the model
 
-def load_model(cfg, machine):
-    """-> (the model that --bench needs, in evaluation mode on the device; its class names; (pixels,
-    centre crop) that it was validated at; the top-1 that it reached there).
+def load_model(cfg, machine, segments=False):
+    """-> (the classifier, or the segmenter, of a model.pt, ready on the device; the file, with its
+    config as a Recipe). Raises InputError where the file is none."""
+    _, state, saved = read_weights(cfg.ckpt)
+    if "classes" not in saved or segments != (saved["config"]["recipe"] == "segment"):
+        raise InputError(f"{cfg.ckpt!r} is no model.pt of finetune.py with a "
+                         f"{'segmenter' if segments else 'classifier'}, which --bench={cfg.bench} "
+                         "takes")
+    saved["config"] = Recipe(**saved["config"])
+    model = build_model(saved["config"], len(saved["classes"]))
+    load_weights(model, state, cfg.ckpt, head=True)
+    return model.to(machine.device).eval(), saved
 
-    miou takes a segmenter; knn any encoder, with a head or not, whose features without one are its
-    own tokens, pooled; all others a classifier. Raises InputError when the file is none of that."""
-    with machine.first():
-        torch.manual_seed(cfg.seed)
-        name, state, saved = cfg.model, {}, {}
-        if cfg.ckpt != "scratch":
-            name, state, saved = read_weights(cfg.ckpt, cfg.use_target)
-            if cfg.model not in ("auto", name):
-                raise InputError(f"{cfg.ckpt!r} holds {name}, not {cfg.model}; leave out --model")
-        elif name == "auto" or cfg.use_target:
-            raise InputError("--ckpt=scratch needs --model, and has no target")
-        recipe, classes = finetune.Config(), saved.get("classes")  # of a model.pt
-        if classes is not None:
-            recipe = restore(finetune.Config, saved.get("config"), cfg.ckpt)
-            if not (isinstance(classes, list) and all(isinstance(c, str) for c in classes)
-                    and isinstance(saved.get("top1", saved.get("miou")), float)):
-                raise InputError(f"{cfg.ckpt!r} lacks the names of its classes, or its score")
-        kind = "encoder" if not classes else "segmenter" if recipe.segments else "classifier"
-        fitting = {"miou": ["segmenter"], "knn": ["encoder", "classifier"]}
-        fitting = fitting.get(cfg.bench, ["classifier"])
-        if kind not in fitting:
-            raise InputError(f"{cfg.ckpt!r} holds {name} as a {kind}: --bench={cfg.bench} takes a "
-                             f"{' or '.join(fitting)}, as finetune.py writes it to model.pt")
-        view = cfg.size or recipe.test_size, cfg.test_crop or recipe.test_crop
-        check_size(name, view[0])
-        if kind == "segmenter":
-            model = Segmenter(name, len(classes), width=recipe.head_width)
-        else:
-            model = Classifier(name, len(classes or "1"), probe=recipe.frozen or not classes)
-        if state:
-            load_weights(model, state, cfg.ckpt, head=bool(classes))
-    return model.to(machine.device).eval(), classes, view, saved.get("top1")
+
+def rows_to_score(cfg, recipe, machine):
+    """-> (a source, the numbers of its images to score): val/ of a folder, or where there is none
+    the images that the run of `recipe` held out if it was trained on this folder, else all."""
+    def there(split):
+        return os.path.isdir(os.path.join(cfg.data, split))
+
+    classes = crop.read_classes(cfg.classes)
+    known = os.path.realpath(cfg.data) == os.path.realpath(recipe.data)
+    if known and not (there("train") and there("val")) and cfg.data not in crop.BUILT_IN:
+        _, (source, rows), _ = crop.train_and_val(cfg.data, recipe.seed, classes)
+        machine.say(f"{len(rows)} images that the run held out of {cfg.data}")
+    else:
+        source = crop.open_images(cfg.data, "val", classes)
+        rows = list(range(len(source)))
+        machine.say(f"all {len(rows)} images of {cfg.data}{'/val' if there('val') else ''}")
+    return source, rows
 
 
 # ---------------------------------------------------------------------------------- 4. accuracy
 
-def class_folders(folder, known, machine, keep=None):
-    """-> (source, labels among the `known` classes, labelled rows) of a folder of class folders or
-    a built-in source. Raises InputError: a class that is not known, an empty class folder."""
-    with machine.first():
-        source = crop.open_images(folder, "val", keep)
-        labels = match_labels(source, known, folder)
-        if folder not in crop.BUILT_IN and keep is None:
-            folders = {f.name for f in os.scandir(folder) if f.is_dir() and f.name[0] != "."}
-            empty = sorted(folders - set(source.classes))
-            if empty:
-                raise InputError(f"{folder!r} has no images in {len(empty)} of its class folders: "
-                                 f"{', '.join(empty[:5])}{' ...' if len(empty) > 5 else ''}")
-        rows = [i for i, label in enumerate(labels) if label >= 0]
-        if not rows:
-            raise InputError(f"{folder!r} has no images in class folders")
-    return source, torch.tensor(labels), rows
-
-
-def validation_folder(data):
-    """val/ if there is one, else the folder itself (or a built-in source)."""
-    folder = os.path.join(data, "val")
-    return folder if data not in crop.BUILT_IN and os.path.isdir(folder) else data
+def labelled_rows(source, rows, classes, folder):
+    """-> (labels of a source among the model's classes, found by name; the rows that have one)."""
+    labels = torch.tensor(match_labels(source, classes, folder))
+    rows = [i for i in rows if labels[i] >= 0]
+    if not rows:
+        raise InputError(f"{folder!r} has no images in class folders")
+    return labels, rows
 
 
 def top1(cfg, machine, attack=None):
-    """Top-1 and top-5 accuracy of a classifier on centre crops; classes are found by name."""
-    model, classes, view, _ = load_model(cfg, machine)
-    source, labels, rows = class_folders(validation_folder(cfg.data), classes, machine,
-                                         crop.read_classes(cfg.classes))
-    images = Batches(centre_crops(source, rows, *view), cfg.workers, machine)
-    score = accuracy(model, images, labels, machine, attack=attack)
-    return dict(top1=score["top1"], top5=score["top5"], n=score["n"])
+    """Top-1 and top-5 accuracy of a classifier on centre crops as in validation."""
+    model, saved = load_model(cfg, machine)
+    recipe = saved["config"]
+    source, rows = rows_to_score(cfg, recipe, machine)
+    labels, rows = labelled_rows(source, rows, saved["classes"], cfg.data)
+    crops = centre_crops(source, rows, recipe.test_size, recipe.test_crop)
+    return accuracy(model, Batches(crops, machine, cfg.workers), labels, machine, attack=attack)
 
 
 # --------------------------------------------------------------------------------------- 5. k-NN
@@ -191,7 +146,7 @@ def normalised_features(model, images, count, machine):
         for x, numbers in images:
             with machine.autocast():
                 features = model.features(crop.normalize(x.float() / 255))
-            table[machine.send(numbers)] = F.normalize(check_outputs(features.float()))
+            table[machine.send(numbers)] = F.normalize(features.float())
     machine.sum(table)
     seen = table.any(1)  # the rows of other images are 0
     return table[seen], seen.nonzero().squeeze(1).cpu()
@@ -205,30 +160,36 @@ def vote(queries, bank, labels, classes, k, temperature):
         cosine, nearest = (q @ bank.T).topk(min(k, len(bank)))
         votes = torch.zeros(len(q), classes, device=q.device)
         # Relative to the nearest: the same vote, which neither overflows nor vanishes.
-        weights = ((cosine - cosine[:, :1]) / max(temperature, 1e-6)).exp()
+        weights = ((cosine - cosine[:, :1]) / temperature).exp()
         votes.scatter_add_(1, labels[nearest], weights)
         chosen.append(votes.argmax(1))
     return torch.cat(chosen)
 
 
 def knn(cfg, machine):
-    """Weighted k-nearest-neighbour accuracy of frozen features: training images vote."""
-    model, _, view, _ = load_model(cfg, machine)
-    with machine.first():
-        (train, rows), (val, val_rows), _ = labelled_data(cfg)
+    """Weighted k-nearest-neighbour accuracy of an encoder's frozen features: training images vote.
+    The features are the encoder's tokens, pooled."""
+    torch.manual_seed(cfg.seed)
+    if cfg.ckpt == "scratch":
+        name, state = cfg.model, None
+    else:
+        name, state, _ = read_weights(cfg.ckpt)
+    if name == "auto":
+        raise InputError("--ckpt=scratch needs --model")
+    model = Classifier(name, 1, probe=True)
+    if state:
+        load_weights(model, state, cfg.ckpt)
+    model.to(machine.device).eval()
+    (train, rows), (val, val_rows), sentence = labelled_data(cfg)
+    machine.say(sentence)
     sides = []
     for source, wanted in ((train, rows), (val, val_rows)):
-        images = Batches(centre_crops(source, wanted, *view), cfg.workers, machine)
+        images = Batches(centre_crops(source, wanted, cfg.size, 0.95), machine, cfg.workers)
         features, numbers = normalised_features(model, images, len(source), machine)
         sides.append((features, machine.send(torch.tensor(source.labels)[numbers])))
     (bank, bank_labels), (queries, labels) = sides
-    if not len(bank) or not len(queries):
-        raise InputError("none of the images could be read")
-    mine = slice(machine.rank, None, machine.world)
-    chosen = vote(queries[mine], bank, bank_labels, len(train.classes), cfg.k, cfg.temperature)
-    hits = (chosen == labels[mine]).sum().float()
-    machine.sum(hits)
-    return dict(knn=100 * hits.item() / len(labels), n=len(labels), bank=len(bank))
+    chosen = vote(queries, bank, bank_labels, len(train.classes), cfg.k, cfg.temperature)
+    return dict(knn=100 * (chosen == labels).float().mean().item(), n=len(labels), bank=len(bank))
 
 
 # --------------------------------------------------------------------------- 6. robustness, Table 8
@@ -265,21 +226,28 @@ def attacked(cfg, machine):
     return {cfg.bench: score["top1"], "clean": top1(cfg, machine)["top1"], "n": score["n"]}
 
 
+def folder_accuracy(model, saved, folder, cfg, machine, ratio, only_these=False):
+    """-> accuracy on all images of a folder of class folders, and the number of classes there.
+    only_these: predict among the classes that have a folder."""
+    source, among = crop.open_images(folder, "val", crop.read_classes(cfg.classes)), None
+    labels, rows = labelled_rows(source, range(len(source)), saved["classes"], folder)
+    if only_these:
+        among, labels = labels.unique(return_inverse=True)
+    crops = centre_crops(source, rows, saved["config"].test_size, ratio)
+    score = accuracy(model, Batches(crops, machine, cfg.workers), labels, machine, among)
+    return score, len(source.classes)
+
+
 def subset(cfg, machine):
     """ImageNet-A, -R and -Sketch [29, 30, 60]: folders of some of the model's classes, found by
     name; only these are predicted."""
-    model, classes, view, clean = load_model(cfg, machine)
-    source, labels, rows = class_folders(validation_folder(cfg.data), classes, machine)
-    among = sorted(set(labels[rows].tolist()))
-    if machine.rank == 0:
-        print(f"protocol: {len(among)} of the model's {len(classes)} classes have a folder here; "
-              "only they are predicted")
-    numbers = torch.full((len(classes),), -1)
-    numbers[among] = torch.arange(len(among))
-    images = Batches(centre_crops(source, rows, *view), cfg.workers, machine)
-    score = accuracy(model, images, numbers[labels], machine, among=among)
-    return {cfg.bench: score["top1"], "top5": score["top5"], "clean": clean,
-            "classes": len(among), "n": score["n"]}
+    model, saved = load_model(cfg, machine)
+    score, classes = folder_accuracy(model, saved, cfg.data, cfg, machine,
+                                     saved["config"].test_crop, only_these=True)
+    machine.say(f"protocol: {classes} of the model's {len(saved['classes'])} classes have a folder "
+                "here; only they are predicted")
+    return {cfg.bench: score["top1"], "top5": score["top5"], "clean": saved["score"]["top1"],
+            "classes": classes, "n": score["n"]}
 
 
 ALEXNET = {  # mean top-1 error over the five severities, from the benchmark's authors [29]
@@ -291,47 +259,27 @@ ALEXNET = {  # mean top-1 error over the five severities, from the benchmark's a
 
 
 def corruption_error(errors):
-    """{corruption: five errors in percent} -> (mCE, the plain mean error). mCE: the mean over 15
-    corruptions of the error relative to AlexNet's, in percent; None when a corruption is missing.
-    """
-    means = {name: sum(e) / len(e) for name, e in errors.items()}
-    complete = means.keys() == ALEXNET.keys()
-    mce = sum(m / ALEXNET[name] for name, m in means.items()) / len(ALEXNET) if complete else None
-    return mce, sum(means.values()) / len(means)
+    """{corruption: five errors in percent} -> mCE: the mean over the corruptions of the error
+    relative to AlexNet's, in percent."""
+    return sum(sum(e) / len(e) / ALEXNET[name] for name, e in errors.items()) / len(errors)
 
 
 def imagenet_c(cfg, machine):
-    """ImageNet-C [29]: CORRUPTION/SEVERITY/CLASS/*, as published or one folder deeper. The images
-    have the right size already: they are not cropped."""
-    model, classes, view, clean = load_model(cfg, machine)
-    errors, n, found = {}, 0, None
+    """ImageNet-C [29]: CORRUPTION/SEVERITY/CLASS/*. The images have the right size already: they
+    are not cropped. mCE needs all 15 corruptions."""
+    model, saved = load_model(cfg, machine)
+    errors, n = {name: [] for name in ALEXNET}, 0
+    missing = [name for name in ALEXNET if not os.path.isdir(os.path.join(cfg.data, name))]
+    if missing:
+        raise InputError(f"{cfg.data!r} has no folder {', '.join(missing)}")
     for name in ALEXNET:
-        deeper = glob.glob(os.path.join(glob.escape(cfg.data), "*", name))
-        for folder in (os.path.join(cfg.data, name), *deeper):
-            severities = [os.path.join(folder, severity) for severity in "12345"]
-            if name in errors or not all(map(os.path.isdir, severities)):
-                continue
-            errors[name] = []
-            for severity in severities:
-                source, labels, rows = class_folders(severity, classes, machine)
-                found = found or source.classes
-                if source.classes != found:
-                    some = sorted(set(found) ^ set(source.classes))[:5]
-                    raise InputError(f"{severity!r} has other class folders than the first one "
-                                     f"that was read: {', '.join(some)}")
-                images = Batches(centre_crops(source, rows, view[0], 1.0), cfg.workers, machine)
-                score = accuracy(model, images, labels, machine)
-                errors[name].append(100 - score["top1"])
-                n += score["n"]
-            if machine.rank == 0:
-                print(f"{name:>18}" + "".join(f"  {e:6.2f}" for e in errors[name]), flush=True)
-    if not errors:
-        raise InputError(f"{cfg.data!r} has none of the 15 corruptions in five severities each: "
-                         "it should hold gaussian_noise/1/CLASS/* to jpeg_compression/5/CLASS/*")
-    missing = [name for name in ALEXNET if name not in errors]  # then there is no mCE
-    mce, mean_error = corruption_error(errors)
-    return {"mce": mce, "mean_error": mean_error, "clean": clean, "n": n, "errors": errors,
-            "missing": missing}
+        for severity in "12345":
+            folder = os.path.join(cfg.data, name, severity)
+            score, _ = folder_accuracy(model, saved, folder, cfg, machine, ratio=1.0)
+            errors[name].append(100 - score["top1"])
+            n += score["n"]
+        machine.say(f"{name:>18}" + "".join(f"  {e:6.2f}" for e in errors[name]))
+    return dict(mce=corruption_error(errors), clean=saved["score"]["top1"], n=n, errors=errors)
 
 
 # -------------------------------------------------------------------------- 7. mean IoU, Table 7
@@ -344,109 +292,38 @@ PALETTE = torch.tensor([  # of labels 0 to 255, 0 is black: three of a label's b
 def miou(cfg, machine):
     """Mean IoU of a segmenter on images/validation at single scale, and miou_*.png of some images:
     image, truth, prediction."""
-    model, classes, (size, _), _ = load_model(cfg, machine)
-    with machine.first():
-        (source,), _ = open_scenes(cfg.data, ["validation"], classes)
+    model, saved = load_model(cfg, machine, segments=True)
+    recipe = saved["config"]
+    source = Scenes(cfg.data, "validation", recipe.labels)
     shown = set(np.linspace(0, len(source) - 1, cfg.pictures).astype(int).tolist())
 
     def show(number, image, labels, found):
         if number in shown:
-            stem = os.path.splitext(os.path.basename(source.name(number)))[0]
             panels = [image.cpu(), *(PALETTE[x.cpu().long()].movedim(2, 0)
                                      for x in (labels, found + 1))]
-            save_picture(os.path.join(folder_of(cfg), f"miou_{number:05d}_{stem}.png"),
-                         crop.to_image(torch.cat(panels, 2)))
+            picture = crop.to_image(torch.cat(panels, 2))
+            save_file(f"{folder_of(cfg)}/miou_{number:05d}.png", lambda f: picture.save(f, "PNG"))
 
-    rows = list(range(len(source)))
-    images = Batches(whole_scenes(source, rows), cfg.workers, machine, batch=1)
-    score = mean_iou(model, images, len(classes), size, machine, show)
-    score["iou"] = dict(zip(classes, score["iou"]))
-    for name, iou in score["iou"].items() if machine.rank == 0 else ():
-        print(f"{name:>20}  " + ("  none" if iou is None else f"{iou:6.2f}"))
-    return score
+    images = Batches(whole_scenes(source, list(range(len(source)))), machine, cfg.workers, 1)
+    return mean_iou(model, images, recipe.labels, recipe.test_size, machine, show)
 
 
 # --------------------------------------------------------------------------- 8. maps, Figures 5, 6
 
 def maps(cfg, machine):
-    """How well a pre-trained model finds exemplars in images: cross-entropy, skill, and the mean
-    IoU of its maps at 0.5, over a whole folder; figures.png; and strip.png, how the maps of one
-    image came about in the run."""
-    with machine.first():
-        saved = load_checkpoint(cfg.ckpt)
-        if saved is None:
-            raise InputError(f"there is no file {cfg.ckpt!r}")
-        if "decoder_width" not in saved["config"]:
-            raise InputError(f"--bench=maps takes the ckpt.pt of a pre-training run, not "
-                             f"{cfg.ckpt!r}")
-        recipe = restore(pretrain.Config, saved["config"], cfg.ckpt)
-        cim = pretrain.build_model(recipe)
-        pretrain.load_states(saved, cfg.ckpt, cim)
-        cim.to(machine.device).eval()
-        source = crop.open_images(validation_folder(cfg.data), "val",
-                                  crop.read_classes(cfg.classes))
-    dataset = pretrain.contexts_of(source, range(len(source)), recipe, replace=False)
-    u, mean = pretrain.uniforms(recipe, (5,), len(source)), pretrain.mean_map(recipe, machine)
-
-    def predict(contexts, numbers):  # -> context, exemplars, maps, theta, logits
-        pairs = pretrain.make_pairs(contexts, machine.send(u[numbers]), recipe)
-        with pretrain.measuring(cim, machine):
-            return *pairs, check_outputs(cim(*pairs[:3])[1].float())
-
-    table = torch.zeros(len(source), recipe.exemplars, 3, device=machine.device)
-    for contexts, numbers in Batches(dataset, cfg.workers, machine, batch=16):
-        _, _, truth, _, logits = predict(contexts, numbers)
-        table[machine.send(numbers)] = map_scores(truth, logits, mean)
-    machine.sum(table)
-    seen = (table[:, 0, 1] > 0).nonzero().squeeze(1)  # images that could be read
-    if not len(seen):
-        raise InputError(f"none of the images in {cfg.data!r} could be read")
-    if machine.rank == 0:  # images from all over the folder
-        shown = seen[torch.linspace(0, len(seen) - 1, cfg.rows).long()].tolist()
-        contexts, numbers = crop.collate([dataset[0, i] for i in shown])
-        picture = crop.contact_sheet(*(x.cpu() for x in predict(machine.send(contexts), numbers)))
-        save_picture(os.path.join(folder_of(cfg), "figures.png"), picture)
-        save_strip(cfg)
-    loss, baseline, iou = table[seen].cpu().double().mean((0, 1)).tolist()
-    return dict(skill=1 - loss / baseline, iou=100 * iou, loss=loss, baseline=baseline,
-                n=len(seen))
-
-
-def map_scores(maps, logits, mean):
-    """Of each exemplar: cross-entropy, that of the mean map, and IoU at 0.5: [B, K, 3]. logits and
-    maps [B, K, m, m], mean [m, m]."""
-    def entropy(x):
-        return F.binary_cross_entropy_with_logits(x, maps, reduction="none").mean((2, 3))
-
-    return torch.stack([entropy(logits), entropy(mean.logit().expand_as(maps)),
-                        crop.map_iou(maps, logits)], -1)
-
-
-def save_strip(cfg, count=6):
-    """strip.png from the run's maps/STEP.png: the first whole, below it the predicted maps of later
-    ones, up to the last, at about equal ratios of steps."""
-    sheets = {}
-    for path in glob.glob(os.path.join(glob.escape(os.path.dirname(cfg.ckpt)), "maps", "*.png")):
-        with contextlib.suppress(Exception):  # a picture of something else, or a torn one
-            sheets[int(os.path.splitext(os.path.basename(path))[0])] = crop.to_rgb(
-                crop.open_image(path))
-    if not sheets:
-        return
-    size = sheets[max(sheets)].size
-    steps = sorted(step for step in sheets if sheets[step].size == size)
-    row = crop.TILE + crop.TILE // 12  # a tile and the gap below it
-    font, bands = ImageFont.load_default(crop.TILE // 7), []
-    for k in sorted({round(k) - 1 for k in np.geomspace(1, len(steps), count)}):
-        band = sheets[steps[k]]
-        if bands:  # a later one
-            band = band.crop((0, band.height - row, band.width, band.height))
-            band.paste("white", (0, 0, 3 * row, row))  # over the context
-        edge, middle = 3 * row + crop.TILE * 3 // 4, band.height - row // 2
-        band.paste("white", (3 * row, band.height - row, edge, band.height))  # over "predicted"
-        ImageDraw.Draw(band).text((edge - 4, middle), f"step {steps[k]}", "#333333", font,
-                                  anchor="rm")
-        bands.append(band)
-    save_picture(os.path.join(folder_of(cfg), "strip.png"), Image.fromarray(np.concatenate(bands)))
+    """How well a pre-trained model finds exemplars in images; figures.png."""
+    saved = load_checkpoint(cfg.ckpt)
+    if saved is None or "decoder" not in saved["config"]:
+        raise InputError(f"--bench=maps takes the ckpt.pt of a pre-training run, not {cfg.ckpt!r}")
+    recipe = pretrain.Config(**saved["config"])
+    cim = pretrain.build_model(recipe)
+    cim.load_state_dict(saved["model"])
+    source, rows = rows_to_score(cfg, recipe, machine)
+    held_out = pretrain.HeldOut(source, rows, recipe, machine, keep=False)
+    score = held_out.evaluate(cim.to(machine.device))
+    if machine.rank == 0:
+        held_out.paint(cim, f"{folder_of(cfg)}/figures.png", cfg.pictures)
+    return score
 
 
 BENCHES = {"top1": top1, "knn": knn, "fgsm": attacked, "pgd": attacked, "imagenet_c": imagenet_c,

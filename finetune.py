@@ -27,10 +27,6 @@ import dataclasses
 import math
 import os
 import re
-import sys
-import time
-from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Literal
@@ -44,19 +40,13 @@ from torchvision.transforms import v2
 import crop
 from crop import InputError
 from model import ENCODERS, Classifier, Segmenter, resize_positions
-from pretrain import (Clock, Count, Decay, Pair, Pixels, Positive, Real, Share, Switch, Whole,
-                      Workers, accelerate, begin_run, bench_report, catch_signals, check_finite,
-                      check_same_start, count_gflop, describe, learning_rate, load_checkpoint,
-                      make_loader, make_plan, measuring, micro_batches, number, parameter_groups,
-                      parse_config, plain, plain_time, run, save_checkpoint, save_file,
-                      set_learning_rate, setup_machine, stop_early, write_row)
+from pretrain import (Batches, Clock, accelerate, at_work, check_finite, is_due, learning_rate,
+                      load_checkpoint, make_loader, make_plan, measuring, micro_batches, number,
+                      pair, parameter_groups, parse_config, resume, run, save_checkpoint, save_file,
+                      setup_machine, stop_early, switch, write_row)
 
 
 # ------------------------------------------------------------------------------------ 1. Config
-
-Magnitude = number(float, lambda x: 0 <= x <= 10, "between 0 and 10")
-Part = number(float, lambda x: 0 < x <= 1, "above 0 and at most 1")
-
 
 @dataclass(frozen=True)
 class Config:
@@ -68,64 +58,56 @@ class Config:
                     "demo"] = "vit_b"  # values for the fields; flags win
     # where
     init: str = "out/pretrain/encoder.pt"  # a file with the encoder's weights, or scratch
-    use_target: Switch = False  # take the moving average out of a pre-training checkpoint
-    data: str = "data/imagenet"  # train/CLASS/* and val/CLASS/*; or shapes, ...; none: noise
-    classes: str = ""  # a file with the class folders to keep, or the names of labels 1 to N
+    data: str = "data/imagenet"  # train/CLASS/* and val/CLASS/*; or shapes, imagenette
+    classes: str = ""  # a file with the class folders to keep, one a line
     out: str = "out/finetune"  # the run's folder: config.json, log.jsonl, ckpt.pt, model.pt
-    model: Literal["auto", *ENCODERS] = "auto"  # auto: the one in --init, else the recipe's
+    model: Literal[("auto", *ENCODERS)] = "auto"  # auto: the one in --init, else the recipe's
+    labels: int = 150  # segment: masks have the numbers 1 to labels, and 0 where nothing counts
     # images
-    image_size: Pixels = 224  # pixels, in training
-    test_size: Pixels = 224  # pixels, in validation; segment: the shorter side, and a window's
-    scale: Pair = (0.08, 1.0)  # area of a random crop; segment: shorter side over image_size
-    flip: Share = 0.5  # probability of a mirrored image
-    photometric: Share = 0.0  # segment: probability of each change of light and colour
-    cat_max_ratio: Part = 1.0  # segment: largest share of a class in a crop, if ten tries do
-    test_crop: Part = 0.95  # side of the centre crop as a fraction of the shorter side
-    randaugment: Magnitude = 9.0  # mean magnitude of RandAugment, on a scale of 0 to 10
-    randaugment_std: Real = 0.5  # standard deviation of its magnitude
-    randaugment_p: Share = 0.5  # probability of each of its two operations; 0 turns it off
-    erasing: Share = 0.0  # probability of erasing a random box (the released code: 0.25)
-    mixup: Real = 0.8  # alpha of MixUp; 0 turns it off
-    cutmix: Real = 1.0  # alpha of CutMix; 0 turns it off
-    repeats: Count = 1  # times that each image comes in a step (repeated augmentation)
+    image_size: int = 224  # pixels, in training
+    test_size: int = 224  # pixels, in validation; segment: the shorter side, and a window's
+    scale: pair = (0.08, 1.0)  # area of a random crop; segment: shorter side over image_size
+    flip: number = 0.5  # probability of a mirrored image
+    photometric: number = 0.0  # segment: probability of each change of light and colour
+    cat_max_ratio: number = 1.0  # segment: largest share of a class in a crop, if ten tries do
+    test_crop: number = 0.95  # side of the centre crop as a fraction of the shorter side
+    randaugment: number = 9.0  # mean magnitude of RandAugment, on a scale of 0 to 10
+    randaugment_std: number = 0.5  # standard deviation of its magnitude
+    randaugment_p: number = 0.5  # probability of each of its two operations; 0 turns it off
+    erasing: number = 0.0  # probability of erasing a random box (the released code: 0.25)
+    mixup: number = 0.8  # alpha of MixUp; 0 turns it off
+    cutmix: number = 1.0  # alpha of CutMix; 0 turns it off
+    repeats: int = 1  # times that each image comes in a step (repeated augmentation)
     # optimisation
     loss: Literal["ce", "bce"] = "ce"  # cross-entropy, or binary cross-entropy of each class
-    smoothing: Decay = 0.1  # of the labels
-    bce_threshold: Decay = 0.0  # with bce, targets above it become 1, others 0; 0 leaves them soft
-    drop_path: Decay = 0.1  # stochastic depth of a ViT's last block
-    layer_decay: Part = 0.8  # a layer's learning rate over that of the layer above
-    frozen: Switch = False  # linear probe: the encoder stays as it is
-    head_width: Count = 768  # segment: channels of UperNet
+    smoothing: number = 0.1  # of the labels
+    bce_threshold: number = 0.0  # with bce, targets above it become 1, others 0; 0 leaves them soft
+    drop_path: number = 0.1  # stochastic depth of a ViT's last block
+    layer_decay: number = 0.8  # a layer's learning rate over that of the layer above
+    frozen: switch = False  # linear probe: the encoder stays as it is
+    head_width: int = 768  # segment: channels of UperNet
     optimizer: Literal["adamw", "sgd"] = "adamw"  # sgd has beta1 as its momentum
-    epochs: Count = 100  # passes over the images
-    warmup_epochs: Real = 5.0  # of linear warm-up of the learning rate
+    epochs: int = 100  # passes over the images
+    warmup_epochs: number = 5.0  # of linear warm-up of the learning rate
     schedule: Literal["cosine", "linear"] = "cosine"  # of the learning rate after that
-    batch_size: Count = 2048  # images a step, over all processes
-    lr: Positive = 9.6e-3  # peak learning rate at a batch of lr_batch
-    lr_batch: Count = 2048  # the batch that lr is meant for; another one scales it linearly
-    weight_decay: Real = 0.05  # of matrices; not of biases, norms and the cls token
-    beta1: Decay = 0.9  # AdamW's, or the momentum
-    beta2: Decay = 0.999  # AdamW's
-    clip: Real = 0.0  # largest norm of the gradient; 0 does not clip
-    seed: Whole = 0  # of everything random
-    max_steps: Whole = 0  # end after so many steps, schedules still span epochs; 0: all epochs
+    batch_size: int = 2048  # images a step, over all processes
+    lr: number = 9.6e-3  # peak learning rate at a batch of lr_batch
+    lr_batch: int = 2048  # the batch that lr is meant for; another one scales it linearly
+    weight_decay: number = 0.05  # of matrices; not of biases, norms and the cls token
+    beta1: number = 0.9  # AdamW's, or the momentum
+    beta2: number = 0.999  # AdamW's
+    clip: number = 0.0  # largest norm of the gradient; 0 does not clip
+    seed: int = 0  # of everything random
+    max_steps: int = 0  # end after so many steps, schedules still span epochs; 0: all epochs
     # machine: all but dtype may differ when a run goes on (see pretrain.FREE)
-    micro_batch: Whole = 0  # images a process handles at once; 0 picks one that divides
+    micro_batch: int = 256  # images a process handles at once, at most
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto takes a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the chip has it
     compile: Literal["auto", "true", "false"] = "auto"  # auto compiles on CUDA
-    workers: Workers = -1  # loader processes for each training process; -1 uses the cores at hand
-    log_every: Count = 10  # steps
-    eval_epochs: Count = 1  # epochs between validations; the end is always validated
-    save_every: Whole = 1000  # steps between checkpoints; 0 goes by save_minutes only
-    save_minutes: Real = 15.0  # minutes between checkpoints; 0 goes by save_every only
-    bench: Whole = 0  # time so many steps and print one JSON line; no log, no checkpoint
-
-    def __post_init__(self):
-        """Raise InputError for values that cannot work together, before any work starts."""
-        most = math.inf if self.segments else 1
-        if not 0 < self.scale[0] <= self.scale[1] <= most:
-            raise InputError(f"--scale {self.scale} must be 0 < low <= high <= {most}")
+    workers: int = -1  # loader processes for each training process; -1 uses the cores at hand
+    log_every: int = 10  # steps
+    eval_epochs: int = 1  # epochs between validations; the end is always validated
+    save_every: int = 1000  # steps between checkpoints
 
     @property
     def segments(self):
@@ -179,17 +161,14 @@ def labelled_data(cfg):
     """-> (training source, its labelled rows), (validation source, its labelled rows), a sentence.
     Both sources number the classes as the first does."""
     (train, rows), (val, val_rows), sentence = crop.train_and_val(
-        cfg.data, cfg.seed, crop.read_classes(cfg.classes), held_out=None)
-    if len(train.classes) < 2:
-        raise InputError(f"{cfg.data!r} has {len(train.classes)} class folders: labels come from "
-                         "train/CLASS/* and val/CLASS/* with two classes or more")
-    if val is not train:
-        val.labels = match_labels(val, train.classes, cfg.data)
+        cfg.data, cfg.seed, crop.read_classes(cfg.classes))
+    val.labels = match_labels(val, train.classes, cfg.data)
     rows, val_rows = ([i for i in r if source.labels[i] >= 0]
                       for source, r in ((train, rows), (val, val_rows)))
-    if not rows or not val_rows:
-        raise InputError(f"{cfg.data!r} has no labelled images to "
-                         f"{'validate' if rows else 'train'} on: they lie in class folders")
+    if not rows or not val_rows or len(train.classes) < 2:
+        raise InputError(f"{cfg.data!r} has {len(rows)} images to train on and {len(val_rows)} to "
+                         f"validate on, of {len(train.classes)} classes: they lie in "
+                         "train/CLASS/* and val/CLASS/*")
     return (train, rows), (val, val_rows), (f"{sentence}; {len(rows)} and {len(val_rows)} of them "
                                             f"labelled, {len(train.classes)} classes")
 
@@ -277,13 +256,13 @@ def build_model(cfg, classes):
     return Classifier(cfg.model, classes, cfg.drop_path, probe=cfg.frozen)
 
 
-def build(cfg, classes, machine):
-    """The model, seeded, on the device, and its optimiser."""
+def build(cfg, classes, machine, weights=None):
+    """The model, seeded, with an encoder's weights, on the device, and its optimiser."""
     torch.manual_seed(cfg.seed)
-    try:
-        model = build_model(cfg, classes).to(machine.device)
-    except ValueError as error:  # a ResNet with drop path, or to segment
-        raise InputError(str(error)) from error
+    model = build_model(cfg, classes)
+    if weights:
+        load_weights(model, weights, cfg.init)
+    model.to(machine.device)
     if cfg.segments and machine.syncs_batchnorm:  # a process has but two images or so
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     depth = 4 if cfg.model == "resnet50" else len(model.encoder.blocks)
@@ -303,43 +282,12 @@ def centre_crops(source, rows, size, ratio):
     return crop.Samples(source, rows, 0, cut, replace=False)
 
 
-class Batches:
-    """Each image of a data set once, for measuring. Iterating gives this process's batches: (uint8
-    images on the device, their numbers in the source on the CPU). The batches are the same for any
-    number of processes; unreadable images are left out; long work tells how long it takes."""
-
-    def __init__(self, dataset, workers, machine, batch=64):
-        n = len(dataset)
-        batches = [[(0, i) for i in range(b, min(b + batch, n))] for b in range(0, n, batch)]
-        self.machine, mine = machine, batches[machine.rank::machine.world]
-        self.loader = make_loader(dataset, mine, workers, machine)
-
-    def __iter__(self):
-        began = reported = time.perf_counter()
-        for done, batch in enumerate(self.loader, 1):
-            if batch:
-                yield self.machine.send(batch[0]), batch[1]
-            now = time.perf_counter()
-            if now - reported > 10 and self.machine.rank == 0:
-                left = plain_time((now - began) * (len(self.loader) / done - 1))
-                print(f"  {done} of {len(self.loader)} batches, {left} left", file=sys.stderr)
-                reported = now
-
-
-def check_outputs(x):
-    """-> x. Raises InputError where it is not finite: no score could be given."""
-    if not x.isfinite().all():
-        raise InputError("the model's outputs are not finite: its weights are damaged, or --lr was "
-                         "too high when they were trained")
-    return x
-
-
 def accuracy(model, images, labels, machine, among=None, attack=None):
     """-> top-1 and top-5 in percent, mean cross-entropy and the number of images; labels [source].
 
     Exact for any number of processes: each image counts once, nothing is padded. among: predict
     only these classes, which the labels then number. attack(model, images, labels, numbers) ->
-    images, all in [0, 1], comes first. Raises InputError where no image could be read."""
+    images, all in [0, 1], comes first."""
     machine.share_buffers(model)
     sums = torch.zeros(4, device=machine.device)  # counts are exact up to 2^24
     for x, numbers in images:
@@ -347,86 +295,87 @@ def accuracy(model, images, labels, machine, among=None, attack=None):
         x = x.float() / 255
         x = attack(model, x, y, numbers) if attack else x
         with measuring(model, machine):
-            logits = check_outputs(model(crop.normalize(x)).float())
+            logits = model(crop.normalize(x)).float()
         logits = logits if among is None else logits[:, among]
         hits = logits.topk(min(5, logits.shape[1])).indices == y[:, None]
         loss = F.cross_entropy(logits, y, reduction="sum")
         sums += torch.stack([hits[:, 0].sum(), hits.sum(), loss, loss.new_tensor(len(y))])
     machine.sum(sums)
     top1, top5, loss, n = sums.tolist()
-    if not n:
-        raise InputError("none of the images could be read")
+    if not n or not math.isfinite(loss):
+        raise InputError("the model's outputs are not finite" if n else "no image could be read")
     return dict(top1=100 * top1 / n, top5=100 * top5 / n, val_loss=loss / n, n=int(n))
 
 
 # -------------------------------------------------------------------------------------- 5. main
 
-def save_model(path, model, cfg, classes, **score):
-    """model.pt: weights by timm's or torchvision's names, class names in order, config, and the
-    score that the run ended with."""
-    state = {theirs: model.state_dict()[mine].cpu() for mine, theirs in model.names().items()}
-    saved = dict(weights=state, classes=list(classes), config=plain(cfg), **score)
+def save_model(path, model, cfg, classes, score):
+    """model.pt: weights by timm's or torchvision's names, class names in order, config, score."""
+    weights = {theirs: model.state_dict()[mine].cpu() for mine, theirs in model.names().items()}
+    saved = dict(weights=weights, classes=classes, config=dataclasses.asdict(cfg), score=score)
     save_file(path, lambda f: torch.save(saved, f))
 
 
 def main(argv=None):
     """The run of a Config, from the command line to model.pt; goes on from out/ckpt.pt."""
     cfg = parse_config(Config, RECIPES, argv, __doc__.split("\n")[0])
-    machine = setup_machine(cfg.device, cfg.dtype, cfg.compile)
-    with machine.first():
-        checkpoint = os.path.join(cfg.out, "ckpt.pt")
-        saved = None if cfg.bench else load_checkpoint(checkpoint)
-        weights, origin = None, "none, from scratch"
-        if saved:  # the weights are in it
-            encoder, origin = saved["config"].get("model"), checkpoint
-        elif cfg.init == "scratch":
-            encoder = SCRATCH.get(cfg.recipe)
-        else:
-            encoder, weights, _ = read_weights(cfg.init, cfg.use_target)
-        cfg = choose_encoder(cfg, encoder, weights)
-        (train, rows), (val, val_rows), sentence = (
-            scene_data(cfg) if cfg.segments else labelled_data(cfg))
-        plan = make_plan(cfg, machine, len(rows))
-        data = crop.describe_data((train, rows), (val, val_rows), cfg.out, train.classes)
-        alone = not (cfg.segments and machine.syncs_batchnorm)  # BatchNorm sees this process only
-        if plan.micro == 1 and alone and (cfg.frozen or cfg.segments or cfg.model == "resnet50"):
-            raise InputError(f"--batch_size {cfg.batch_size} leaves a process one image at a time, "
-                             "too few for BatchNorm: choose one with more divisors, or "
-                             "--micro_batch")
-        model, optimizer = build(cfg, len(train.classes), machine)
-        if weights:
-            origin = load_weights(model, weights, cfg.init)
-        start = begin_run(cfg, machine, data, model, optimizer, saved)
-    check_same_start(start, cfg, machine)
-    describe(cfg, machine, plan, start, sentence, f"{cfg.model}; weights: {origin}")
+    with setup_machine(cfg) as machine, at_work(cfg.out, machine) as signals:
+        train(cfg, machine, signals)
 
+
+def train(cfg, machine, signals):
+    """signals: a list that grows when the run is asked to stop."""
+    cfg, weights = choose_encoder(cfg)
+    with machine.first():  # Imagenette may have to be downloaded
+        (source, rows), (val, val_rows), sentence = (
+            scene_data(cfg) if cfg.segments else labelled_data(cfg))
+    machine.say(f"data     {cfg.data}: {sentence}\nmodel    {cfg.model} from {cfg.init}")
+    plan = make_plan(cfg, machine, len(rows))
+    data = dict(images=len(rows), classes=source.classes)
+    model, optimizer = build(cfg, len(source.classes), machine, weights)
+    start, row, owed = resume(cfg, machine, data, model, optimizer)
     if cfg.segments:
         cut, loss_of = partial(cut_scene, cfg=cfg), segmenter_loss(machine)
-        val_batches = Batches(whole_scenes(val, val_rows), cfg.workers, machine, batch=1)
+        val_batches = Batches(whole_scenes(val, val_rows), machine, cfg.workers, 1, signals)
         measure = partial(mean_iou, model, val_batches, len(val.classes), cfg.test_size, machine)
-        measures = ("miou", "macc", "aacc", "iou", "n")
     else:
         augment = RandAugment(cfg.randaugment, cfg.randaugment_std, cfg.randaugment_p).augment
         cut = partial(crop.cut_context, size=cfg.image_size, scale=cfg.scale, flip=cfg.flip,
                       augment=augment if cfg.randaugment_p > 0 else None)
-        loss_of = classifier_loss(cfg, train.labels, len(train.classes), machine)
+        loss_of = classifier_loss(cfg, source.labels, len(source.classes), machine)
         crops = centre_crops(val, val_rows, cfg.test_size, cfg.test_crop)
-        val_batches = Batches(crops, cfg.workers, machine)
+        val_batches = Batches(crops, machine, cfg.workers, 64, signals)
         measure = partial(accuracy, model, val_batches, torch.tensor(val.labels), machine)
-        measures = ("top1", "top5", "val_loss", "n")
     wrapped = accelerate(model, machine)  # what the loop calls; model has the same weights
     parameters = [p for p in model.parameters() if p.requires_grad]
     batches = micro_batches(cfg, plan, machine.rank, range(start, plan.stop), cfg.repeats)
-    loader = iter(make_loader(crop.Samples(train, rows, cfg.seed, cut), batches, cfg.workers,
-                              machine, repeat=cfg.data == "none"))
+    loader = iter(make_loader(crop.Samples(source, rows, cfg.seed, cut), batches, cfg.workers,
+                              machine))
+    eval_every = cfg.eval_epochs * plan.per_epoch
     clock = Clock(start)
-    signals = [] if cfg.bench else catch_signals()
-    broken = machine.send(torch.tensor(0))  # the first step whose gradient was not finite
-    row = saved["row"] if saved else None  # the last one of the log
+
+    def save(row):
+        save_checkpoint(cfg, machine, data, row, model, optimizer)
+
+    def report(row):
+        """Measure and write down what is due after a step. -> the row with its score."""
+        done, score = row["step"], {}
+        if done == plan.stop or done % eval_every == 0:
+            score = measure()
+            if machine.max(len(signals)):  # it is not of all images; going on measures again
+                save(row)
+                stop_early(done, machine)
+        if is_due(done, plan, cfg.log_every, eval_every):
+            write_row(cfg, machine, plan, row | score)
+        return row | score
+
+    if owed:  # the run ended between the checkpoint of a step and its row
+        row = report(row)
     model.train()
     for step in range(start, plan.stop):
         lr = learning_rate(step, plan.total, plan.peak, plan.warmup, cfg.schedule)
-        set_learning_rate(optimizer, lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
         loss = 0
         for k in range(plan.accumulate):
             images, numbers = clock.fetch(loader)
@@ -439,42 +388,24 @@ def main(argv=None):
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)
         optimizer.step()
         optimizer.zero_grad()
-        if cfg.bench:
-            clock.tick(machine)
-            continue
 
-        # Measure, log, save, in this order, as in pretrain.py.
-        done, last = step + 1, step + 1 == plan.stop
-        asked = machine.max(len(signals))
-        broken = torch.where((broken == 0) & ~grad_norm.isfinite(), done, broken)
-        evaluates = last or done % (cfg.eval_epochs * plan.per_epoch) == 0
-        logs = evaluates or done == 1 or done % cfg.log_every == 0
-        saves = last or asked or clock.saves(cfg, done)
-        if logs or saves:
-            check_finite(broken, done, lr, *model.state_dict().values())
-        if logs:
+        done, asked = step + 1, machine.max(len(signals))  # whether any process was asked to stop
+        if asked or is_due(done, plan, cfg.log_every, eval_every, cfg.save_every):
             row = dict(step=done, epoch=done / plan.per_epoch, loss=machine.mean(loss), lr=lr,
                        grad_norm=grad_norm.item(), **clock.rates(done, cfg.batch_size))
-            row |= measure() if evaluates else dict.fromkeys(measures)
-            write_row(cfg, machine, plan, row)
-        if saves:
-            save_checkpoint(cfg, machine, data, clock, row, done, model, optimizer)
-        if logs:
+            check_finite(row)
+            if asked or done == plan.stop or done % cfg.save_every == 0:
+                save(row)
+            if asked:
+                stop_early(done, machine)
+            row = report(row)
             clock.restart(done)
-        if asked and not last:
-            stop_early(done, machine)
 
-    if cfg.bench:
-        gflop = count_gflop(lambda: build_model(cfg, len(train.classes)),
-                            (3, cfg.image_size, cfg.image_size))
-        return bench_report("finetune", cfg, machine, clock, gflop)
-    done = max(start, plan.stop)
-    if row.get("step") != done or row.get(measures[0]) is None:
-        row |= measure()  # a stopped run that ends where it was stopped, by another --max_steps
+    if not machine.max("n" in row):  # it was not measured where it ends now, by another --max_steps
+        row = row | measure()
     if machine.rank == 0:
-        path = os.path.join(cfg.out, "model.pt")
-        save_model(path, model, cfg, train.classes, **{measures[0]: row[measures[0]]})
-        print(f"finished after {done} steps; {path} holds the model")
+        save_model(f"{cfg.out}/model.pt", model, cfg, source.classes, row)
+        print(f"finished after {max(start, plan.stop)} steps: {cfg.out}/model.pt", flush=True)
 
 
 # ----------------------------------------------------------------------------------- 6. weights
@@ -485,230 +416,123 @@ LEFT = ("head.", "fc.", "fc_norm.", "norm.", "pyramid.", "auxiliary.",  # of oth
         "patch_embed_c.", "blocks_c.", "norm_c.")  # code's names for the target
 
 
-def read_weights(path, use_target=False):
-    """-> (the encoder's name, the weights by published names, the file as it was saved).
-
-    path: our encoder.pt, ckpt.pt or model.pt, timm's ViT, torchvision's ResNet-50, or the released
-    CIM weights. use_target: the moving average of a pre-training checkpoint instead of the online
-    encoder. Raises InputError when the file is something else."""
+def read_weights(path):
+    """-> (the encoder's name, the weights by published names, the file as it was saved). path: our
+    encoder.pt, ckpt.pt or model.pt, timm's ViT, torchvision's ResNet-50 or the released CIM
+    weights; of two encoders the online one. Raises InputError where the file is something else."""
     if not os.path.isfile(path):
         raise InputError(f"there is no file {path!r}: wanted is the encoder.pt that pretrain.py "
                          "writes, another file of weights, or the word scratch")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the released file has one
             saved = state = torch.load(path, map_location="cpu", weights_only=True)
+        for entry in ("model", "weights", "state_dict"):  # checkpoints, model.pt, timm's
+            state = state.get(entry, state)
+        state = {re.sub(r"^(module\.)?(online\.|encoder\.)?", "", k): v for k, v in state.items()}
+        if "layer4.2.conv3.weight" in state:
+            return "resnet50", state, saved
+        width, patch = (state[k].shape[-1] for k in ("cls_token", "patch_embed.proj.weight"))
     except Exception as error:  # torch.load raises many kinds on files that are none
-        raise InputError(f"{path!r} is not a file of weights ({type(error).__name__})") from error
-    for entry in ("model", "weights", "state_dict"):  # checkpoints, model.pt, timm's
-        if isinstance(state, dict) and isinstance(state.get(entry), dict):
-            state = state[entry]
-    if not isinstance(state, dict) or not all(
-            isinstance(k, str) and torch.is_tensor(v) for k, v in state.items()):
-        raise InputError(f"{path!r} is not a state dict, nor a checkpoint with one")
-    state = {k.removeprefix("module.").removeprefix("encoder."): v for k, v in state.items()}
-    ours, released = ([k for k in state if k.startswith(p)] for p in ("target.", "blocks_c."))
-    recipe = saved["config"] if isinstance(saved.get("config"), dict) else {}
-    alone = recipe.get("bootstrap") == "shared" or recipe.get("decoder", "cim") != "cim"
-    if use_target and (alone or not ours and not released):
-        raise InputError(f"{path!r} holds no target: --use_target takes a pre-training checkpoint")
-    if ours:
-        side = "target." if use_target else "online."
-        state = {k.removeprefix(side): v for k, v in state.items()}
-    elif use_target:
-        state |= {k.replace("_c.", "."): v for k, v in state.items() if "_c." in k}
-    return identify(state, path), state, saved
-
-
-def identify(state, path):
-    """The name of the encoder whose weights these are. Raises InputError where it is none."""
-    if "layer4.2.conv3.weight" in state:
-        return "resnet50"
-    if "cls_token" not in state or "patch_embed.proj.weight" not in state:
-        raise InputError(f"{path!r} holds no encoder known here: neither a ViT by timm's names nor "
-                         "a ResNet-50 by torchvision's")
-    blocks = {k.split(".")[1] for k in state if k.startswith("blocks.")}
-    width, patch = ([0, *state[k].shape][-1] for k in ("cls_token", "patch_embed.proj.weight"))
-    names = [name for name, known in ENCODERS.items() if known == (width, len(blocks), patch)]
-    if not names:
-        raise InputError(f"{path!r} holds a ViT of width {width}, depth {len(blocks)} and patch "
-                         f"{patch}; known are {', '.join(ENCODERS)}")
-    return names[0]
+        raise InputError(f"{path!r} holds no weights of a ViT by timm's names or a ResNet-50 by "
+                         f"torchvision's ({type(error).__name__})") from error
+    depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
+    for name, known in ENCODERS.items():
+        if known == (width, depth, patch):
+            return name, state, saved
+    raise InputError(f"{path!r} holds a ViT of width {width}, depth {depth} and patch {patch}; "
+                     f"known are {', '.join(ENCODERS)}")
 
 
 def load_weights(model, state, path, head=False):
     """Put an encoder's weights into a Classifier or Segmenter, with its head where `head` is true.
-    -> a sentence: what is new, what was left out.
-
-    Nothing is loaded in part: raises InputError for any missing weight but the head's, for any
-    surplus one but those of other heads and of pre-training, and for shapes that differ."""
+    A position table of another size is resized. Raises InputError for any missing weight but the
+    head's, and for any surplus one but those of other heads and of pre-training."""
     wanted, mine = model.names(), model.state_dict()  # {name here: published name}, {name: tensor}
-    new = {theirs for name, theirs in wanted.items() if not head and not name.startswith("encoder.")
-           and not (name.startswith("fc_norm.") and theirs in state)}
-    left = state.keys() - (set(wanted.values()) - new)
-    for theirs in wanted.values():  # old files of torchvision lack BatchNorm's counters
-        if theirs.endswith("num_batches_tracked") and theirs not in new:
-            state.setdefault(theirs, torch.tensor(0))
-    missing = sorted(set(wanted.values()) - new - state.keys())
-    surplus = sorted(k for k in left - set(wanted.values()) if not k.startswith(LEFT))
+    if not head:
+        wanted = {name: theirs for name, theirs in wanted.items() if name.startswith("encoder.")
+                  or name.startswith("fc_norm.") and theirs in state}
+    counters = [theirs for theirs in wanted.values() if theirs.endswith("num_batches_tracked")]
+    state = {name: torch.tensor(0) for name in counters} | state  # old files of torchvision lack it
+    missing = [theirs for theirs in wanted.values() if theirs not in state]
+    surplus = [k for k in state if k not in wanted.values() and not k.startswith(LEFT)]
     for word, keys in (("lacks", missing), ("has the unknown", surplus)):
         if keys:
             raise InputError(f"{path!r} {word} {', '.join(keys[:5])}"
                              f"{' ...' if len(keys) > 5 else ''}; nothing was loaded")
     for name, theirs in wanted.items():
-        if theirs not in new:
-            value, kind = state[theirs], mine[name]
-            if value.layout != torch.strided or value.is_meta or value.is_nested or (
-                    value.is_floating_point() != kind.is_floating_point()):
-                raise InputError(f"{path!r}: {theirs} is no plain tensor of "
-                                 f"{'floating point' if kind.is_floating_point() else 'whole'} "
-                                 "numbers; nothing was loaded")
-            if theirs == "pos_embed" and value.ndim == 3 and value.shape[1] > 1:
-                value = resize_table(value.float(), kind.shape[1])
-            if value.shape != kind.shape:
-                raise InputError(f"{path!r}: {theirs} has shape {list(value.shape)} instead of "
-                                 f"{list(kind.shape)}; nothing was loaded")
-            if kind.is_floating_point() and not value.float().isfinite().all():
-                raise InputError(f"{path!r}: not all values of {theirs} are finite; nothing was "
-                                 "loaded")
-            mine[name] = value
+        mine[name] = state[theirs]
+        if theirs == "pos_embed" and len(model.encoder.pos_embed[0]) != len(state[theirs][0]):
+            side = math.isqrt(len(model.encoder.pos_embed[0]))
+            grid = resize_positions(state[theirs][:, 1:], side, side)
+            mine[name] = torch.cat([state[theirs][:, :1], grid], 1)
     model.load_state_dict(mine)
-    return (f"{len(wanted) - len(new)} tensors from {path}; new: {by_part(new)}; left out: "
-            f"{by_part(left)}")
 
 
-def by_part(keys):
-    """Keys of a state dict, counted by their first word."""
-    counts = Counter(k.split(".")[0] for k in keys)
-    return ", ".join(f"{part} ({count})" for part, count in sorted(counts.items())) or "none"
-
-
-def resize_table(table, count):
-    """A position table [1, 1 + N, D], cls token first, resized to `count` tokens, bicubically; as
-    it is where it fits, or where N is no square."""
-    side, old = math.isqrt(count - 1), math.isqrt(table.shape[1] - 1)
-    if side == old or old * old != table.shape[1] - 1:
-        return table
-    return torch.cat([table[:, :1], resize_positions(table[:, 1:], side, side)], 1)
-
-
-def check_size(name, size):
-    """Raise InputError where images of `size` pixels are not whole patches of the encoder."""
+def choose_encoder(cfg):
+    """-> (the config with the encoder's name, the weights to begin with): as in out/ckpt.pt, which
+    holds them, or in --init, or by the recipe. Raises InputError where --model names another one,
+    or where the encoder cannot do what is asked."""
+    saved, weights = load_checkpoint(f"{cfg.out}/ckpt.pt"), None
+    if saved:
+        name = saved["config"]["model"]
+    elif cfg.init != "scratch":
+        name, weights, _ = read_weights(cfg.init)
+    else:
+        name = SCRATCH.get(cfg.recipe) if cfg.model == "auto" else cfg.model
+    if name is None or cfg.model not in ("auto", name):
+        raise InputError(f"{cfg.init!r} needs --model" if name is None else
+                         f"the weights are of {name}, not of {cfg.model}")
+    if name == "resnet50" and (cfg.drop_path or cfg.segments):
+        raise InputError("resnet50 has no stochastic depth and no segmenter: the recipes "
+                         "resnet50_100, resnet50_300 and linear are for it")
     patch = ENCODERS[name][2] if ENCODERS[name] else 1
-    if size % patch:
-        raise InputError(f"images of {size} pixels are no whole patches of {patch} ({name}): "
-                         f"{max(1, round(size / patch)) * patch} would be")
-
-
-def choose_encoder(cfg, found, weights):
-    """The config with the encoder's name: `found` in a file or by the recipe, unless --model names
-    it. Raises InputError where it contradicts the weights, and for images that do not fit it."""
-    name = found if cfg.model == "auto" else cfg.model
-    if name is None:
-        raise InputError(f"--recipe={cfg.recipe} --init=scratch needs --model")
-    if name not in list(ENCODERS):
-        raise InputError(f"the checkpoint in {cfg.out!r} names no encoder known here: {name!r}")
-    if weights and name != found:
-        raise InputError(f"{cfg.init!r} holds {found}, not {name}; leave out --model")
-    if cfg.init == "scratch" and cfg.use_target:
-        raise InputError("--init=scratch has no target: leave out --use_target")
-    check_size(name, cfg.image_size)
-    check_size(name, cfg.test_size)
-    return dataclasses.replace(cfg, model=name)
+    if cfg.image_size % patch or cfg.test_size % patch:
+        raise InputError(f"--image_size and --test_size are multiples of {patch} for {name}")
+    return dataclasses.replace(cfg, model=name), weights
 
 
 # ------------------------------------------------------------------------------ 7. segmentation
 
 class Scenes:
     """ADE20K's layout: images/SPLIT/NAME.* with annotations/SPLIT/NAME.*, masks of one channel of 8
-    bits whose values are 0 where nothing counts and 1 to N for the classes. A source; open(i) gives
-    (image, mask).
+    bits whose values are 0 where nothing counts and 1 to `labels` for the classes. A source;
+    open(i) gives (image, mask).
 
     Both are read as they are stored, since masks are drawn on that: no EXIF orientation. Raises
-    InputError: a missing folder, no images, images without a mask."""
+    InputError where images and masks do not go together; in open, naming the mask, where it has
+    another size than its image, other channels or a larger label."""
 
-    def __init__(self, root, split):
-        images, masks = folders = [os.path.join(root, kind, split)
-                                   for kind in ("images", "annotations")]
-        for folder in folders:
-            if not os.path.isdir(folder):
-                raise InputError(f"there is no folder {folder!r}: segmentation needs "
-                                 "images/training and images/validation in --data, and the same in "
-                                 "annotations/")
-        mask_of = {}
-        for path in crop.find_images(masks):
-            stem = os.path.splitext(path)[0]
-            if stem in mask_of:
-                raise InputError(f"{masks!r} has several masks by the name of {stem!r}")
-            mask_of[stem] = os.path.join(masks, path)
-        self.pairs = [(os.path.join(images, path), mask_of.get(os.path.splitext(path)[0]))
-                      for path in crop.find_images(images)]
-        lone = [image for image, mask in self.pairs if mask is None]
-        if lone or not self.pairs:
-            raise InputError(f"{len(lone)} images lack a mask of the same name in {masks!r}: "
-                             f"{', '.join(lone[:3])}{' ...' if len(lone) > 3 else ''}" if lone else
-                             f"no images in {images!r}")
+    def __init__(self, root, split, labels):
+        self.paths, self.masks = (crop.find_images(os.path.join(root, kind, split))
+                                  for kind in ("images", "annotations"))
+        self.classes = [str(k + 1) for k in range(labels)]
+        names = [[os.path.splitext(os.path.relpath(path, root).split(os.sep, 1)[1])[0]
+                  for path in paths] for paths in (self.paths, self.masks)]
+        if names[0] != names[1] or not self.paths:
+            odd = sorted({*names[0]} ^ {*names[1]})
+            raise InputError(f"{root!r} needs images/{split}/NAME.jpg and annotations/{split}/"
+                             f"NAME.png for each name; {len(odd)} are alone: {', '.join(odd[:3])}")
 
-    def __len__(self):
-        return len(self.pairs)
-
-    def name(self, i):
-        return self.pairs[i][0]
+    __len__ = crop.Folder.__len__
 
     @contextlib.contextmanager
     def open(self, i):
-        path, mask_path = self.pairs[i]
-        with crop.open_image(path) as image:
-            try:
-                mask = crop.open_image(mask_path)
-                mask.load()
-            except Exception as error:  # the source's name is that of the image
-                raise ValueError(f"its mask {mask_path!r}: {error}") from error
+        with crop.open_image(self.paths[i]) as image, crop.open_image(self.masks[i]) as mask:
+            if mask.size != image.size or mask.mode not in "LP" or mask.format == "JPEG" or (
+                    mask.getextrema()[1] > len(self.classes)):
+                raise InputError(f"the mask {self.masks[i]!r} should be no JPEG, as large as its "
+                                 "image, of one channel with 0, which is ignored, and 1 to "
+                                 f"{len(self.classes)} (--labels)")
             yield image, mask
-
-    def largest_label(self, i):
-        """-> (the largest value of a mask, the mask's name); 0 where a file cannot be read, which
-        the loader will say. Raises InputError where the mask is none, or not of its image."""
-        path, mask_path = self.pairs[i]
-        try:
-            with self.open(i) as (image, mask):
-                mode, sizes, extrema = mask.mode, (image.size, mask.size), mask.getextrema()
-                mode = "JPEG, which changes the numbers" if mask.format == "JPEG" else mode
-        except Exception:  # Pillow raises many kinds on damaged files
-            return 0, mask_path
-        if mode not in ("L", "P"):
-            raise InputError(f"{mask_path!r} is no mask but a picture of kind {mode}: it should "
-                             "have one channel of 8 bits, the number of the class")
-        if sizes[0] != sizes[1]:
-            raise InputError(f"{path!r} has {sizes[0]} pixels, its mask {mask_path!r} {sizes[1]}")
-        return extrema[1], mask_path
-
-
-def open_scenes(data, splits, classes):
-    """-> the Scenes of each split and the names of their classes: those given, or where that is
-    None "1" to the largest label. Every mask is looked at once, before any work starts."""
-    sources = [Scenes(data, split) for split in splits]
-    with ThreadPoolExecutor() as pool:
-        largest, path = max(label for source in sources for label in
-                            pool.map(source.largest_label, range(len(source))))
-    if not largest:
-        raise InputError(f"no mask of {data!r} can be read and has a class: 0 is ignored, 1 to N "
-                         "count")
-    if not classes and largest == 255:
-        raise InputError(f"{path!r} has label 255, which often means 'unlabelled'; here that is 0. "
-                         "Write 0 in its place, or name 255 --classes")
-    if classes and largest > len(classes):
-        raise InputError(f"{path!r} has label {largest}; there are {len(classes)} classes, 1 to "
-                         f"{len(classes)}, and 0 is ignored")
-    return sources, classes or [str(k + 1) for k in range(largest)]
 
 
 def scene_data(cfg):
     """labelled_data where every pixel has a label."""
-    (train, val), classes = open_scenes(cfg.data, ("training", "validation"),
-                                        crop.read_classes(cfg.classes))
-    train.classes = val.classes = classes
+    if cfg.labels < 2:
+        raise InputError("--labels: at least 2 classes, since the label 0 is ignored")
+    train, val = (Scenes(cfg.data, split, cfg.labels) for split in ("training", "validation"))
     return (train, list(range(len(train)))), (val, list(range(len(val)))), (
-        f"{len(train)} images to train on, {len(val)} to validate, {len(classes)} classes")
+        f"{len(train)} images to train on, {len(val)} to validate, {cfg.labels} classes")
 
 
 def rescaled_size(width, height, size):
@@ -816,11 +640,8 @@ def predict_labels(model, image, size, machine):
     x = F.interpolate(image[None].float() / 255, rescaled_size(*shape, size), mode="bilinear",
                       antialias=True)
     with measuring(model, machine):
-        logits = check_outputs(sliding_window(model, crop.normalize(x), size))
-    few = [F.interpolate(part, shape, mode="bilinear").max(1)
-           for part in logits.split(16, 1)]  # photos may be large
-    which = torch.stack([part.values for part in few]).argmax(0, keepdim=True)
-    return (16 * which + torch.stack([part.indices for part in few]).gather(0, which))[0, 0]
+        logits = sliding_window(model, crop.normalize(x), size)
+    return F.interpolate(logits, shape, mode="bilinear").argmax(1)[0]
 
 
 def confusion(labels, found, classes):
@@ -858,8 +679,7 @@ def mean_iou(model, images, classes, size, machine, show=None):
             show(int(numbers[0]), image, labels, found)
     machine.sum(matrix, n)
     if not matrix.any():
-        raise InputError("none of the images could be read" if not n else
-                         "none of the pixels has a label")
+        raise InputError("no image could be read, or no pixel has a label")
     return iou_scores(matrix) | dict(n=n.item())
 
 

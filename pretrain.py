@@ -9,14 +9,14 @@ In the order in which things happen:
     1. Config      every field is a flag; the defaults are Table 9; PRESETS are other values
     2. the steps   which images and random numbers each step gets, on each process
     3. schedules   learning rate, tau, weight decay
-    4. held-out    skill, its control, the rank of the features, maps.png
+    4. held-out    skill, its control, the IoU of the maps, maps.png
     5. the model   CIM and its optimiser, compiled, wrapped in DDP
     6. main        the loop
 
 What pretrain.py, finetune.py and evaluate.py share and only keeps a run alive; a first reading can
 stop here:
 
-    7. command line   8. the machine   9. the loader   10. checkpoint and log   11. --bench
+    7. command line   8. machine   9. loader   10. checkpoint and log   11. signals   12. --bench
 
 A run is a function of its config and seed: the images, crops and uniform numbers of step s are
 seeded by (seed, s) alone, so the number of workers and processes, the micro-batch and
@@ -29,20 +29,17 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-import itertools
 import json
 import math
-import multiprocessing
 import os
-import platform
 import re
 import signal
 import sys
 import time
 import typing
-from collections import Counter
 from dataclasses import dataclass
 from datetime import timedelta
+from fractions import Fraction
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -59,45 +56,20 @@ from model import (BOOTSTRAPS, CIM, CORRELATIONS, ENCODERS, LOSSES, PREDICTORS, 
 
 # ------------------------------------------------------------------------------------ 1. Config
 
-def number(kind, fits, bounds):
-    """The type of a flag: text -> a number of `kind` (int or float; 1/3 is one too) for which
-    fits(number) is true. bounds: the same in words, for the error."""
-    def parse(text):
-        try:
-            a, *b = text.split("/") if kind is float else [text]
-            value = kind(a) / kind(*b) if b else kind(a)
-            if not math.isfinite(value):
-                raise ValueError
-        except (TypeError, ValueError, ArithmeticError):
-            raise argparse.ArgumentTypeError(f"{text!r} is no {kind.__name__}") from None
-        if not fits(value):
-            raise argparse.ArgumentTypeError(f"{text} must be {bounds}")
-        return value
-
-    return parse
+def number(text):
+    """The type of a flag: a float, or a fraction such as 1/3."""
+    return float(Fraction(text))
 
 
-Count = number(int, lambda x: 1 <= x < 2**31, "from 1 to 2**31 - 1")
-Pixels = number(int, lambda x: 1 <= x <= 4096, "from 1 to 4096")
-Whole = number(int, lambda x: 0 <= x < 2**63, "from 0 to 2**63 - 1")
-Workers = number(int, lambda x: x >= -1, "-1 or more")
-Positive = number(float, lambda x: x > 0, "above 0")
-Real = number(float, lambda x: 0 <= x <= 1e9, "from 0 to 1e9")
-Share = number(float, lambda x: 0 <= x <= 1, "between 0 and 1")
-Decay = number(float, lambda x: 0 <= x < 1, "0 or more and below 1")
+def pair(text):
+    """The type of a flag with two numbers: 1/3,3."""
+    low, high = map(number, text.split(","))
+    return low, high
 
 
-def Pair(text):
-    """The type of a flag with two numbers. argparse calls it once per word: `1/3,3` is one word,
-    `1/3 3` is two, which parse_config joins."""
-    return tuple(Real(part) for part in text.split(","))
-
-
-def Switch(text):
+def switch(text):
     """The type of a flag that is true or false."""
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
+    return ["false", "true"].index(text.lower()) == 1
 
 
 @dataclass(frozen=True)
@@ -107,71 +79,66 @@ class Config:
 
     preset: Literal["paper", "imagenette", "demo"] = "paper"  # values for the fields; flags win
     # where
-    data: str = "data/imagenet"  # a folder; shapes, imagenette, cifar10, stl10; none: noise to time
+    data: str = "data/imagenet"  # a folder; shapes, imagenette; none: noise to time
     classes: str = ""  # a file with the class folders to keep, one a line (its first word)
     out: str = "out/pretrain"  # the run's folder: config.json, log.jsonl, ckpt.pt, encoder.pt
     # crops (Table 1)
-    context_size: Pixels = 160  # side of a context, pixels
-    context_scale: Pair = (0.5, 1.0)  # area of a context, as a fraction of the image
-    context_flip: Share = 0.5  # probability of a mirrored context, before exemplars are cut
-    exemplar_size: Pixels = 64  # side of an exemplar, pixels
-    exemplars: Count = 6  # of each context
-    scale: Pair = (0.05, 1.0)  # area r0 of an exemplar, as a fraction of the context
-    ratio: Pair = (1 / 3, 3.0)  # aspect r1 = h / w, log-uniform
-    rotation: Real = 45.0  # largest angle, degrees
-    flip: Share = 0.5  # probability of a mirrored exemplar
+    context_size: int = 160  # side of a context, pixels
+    context_scale: pair = (0.5, 1.0)  # area of a context, as a fraction of the image
+    context_flip: number = 0.5  # probability of a mirrored context, before exemplars are cut
+    exemplar_size: int = 64  # side of an exemplar, pixels
+    exemplars: int = 6  # of each context
+    scale: pair = (0.05, 1.0)  # area r0 of an exemplar, as a fraction of the context
+    ratio: pair = (1 / 3, 3.0)  # aspect r1 = h / w, log-uniform
+    rotation: number = 45.0  # largest angle, degrees
+    flip: number = 0.5  # probability of a mirrored exemplar
     transforms: Literal["exemplar", "context", "both", "none"] = "exemplar"  # what is recoloured
-    jitter: Share = 0.8  # probability of colour jitter
-    gray: Share = 0.2  # probability of gray
-    blur: Share = 0.5  # probability of Gaussian blur
-    solarize: Share = 0.2  # probability of solarisation
+    jitter: number = 0.8  # probability of colour jitter
+    gray: number = 0.2  # probability of gray
+    blur: number = 0.5  # probability of Gaussian blur
+    solarize: number = 0.2  # probability of solarisation
     # model
-    model: Literal[*ENCODERS] = "vit_b16"  # the encoder
-    freeze_patch_embed: Switch = True  # keep a ViT's patch embedding as initialised
-    bootstrap: Literal[*BOOTSTRAPS] = "online_exemplar"  # Table 2; shared weights: no tau
-    decoder: Literal["cim", *TRACKERS] = "cim"  # a tracker (Table 4) reads no other field of these
-    decoder_width: Count = 512  # channels, a multiple of 32; one head for each 32 (Figure 4d)
-    decoder_depth: Count = 1  # correlation layers (Figure 4c)
-    correlation: Literal[*CORRELATIONS] = "cross_attention"  # Figure 4a
-    predictor: Literal[*PREDICTORS] = "linear"  # Figure 4b; deconv has three deconvolutions
-    loss: Literal[*LOSSES] = "ce"  # Table 3
+    model: Literal[tuple(ENCODERS)] = "vit_b16"  # the encoder
+    freeze_patch_embed: switch = True  # keep a ViT's patch embedding as initialised
+    bootstrap: Literal[tuple(BOOTSTRAPS)] = "online_exemplar"  # Table 2; shared weights: no tau
+    decoder: Literal[("cim", *TRACKERS)] = "cim"  # a tracker (Table 4) reads none of those below
+    decoder_width: int = 512  # channels, a multiple of 32; one head for each 32 (Figure 4d)
+    decoder_depth: int = 1  # correlation layers (Figure 4c)
+    correlation: Literal[tuple(CORRELATIONS)] = "cross_attention"  # Figure 4a
+    predictor: Literal[tuple(PREDICTORS)] = "linear"  # Figure 4b; deconv has three deconvolutions
+    loss: Literal[tuple(LOSSES)] = "ce"  # Table 3
     # optimisation
-    epochs: Count = 300  # passes over the images
-    warmup_epochs: Real = 40.0  # of linear warm-up of the learning rate
-    batch_size: Count = 4096  # contexts a step, over all processes
-    lr: Positive = 2.4e-3  # peak learning rate at a batch of lr_batch
-    lr_batch: Count = 4096  # the batch that lr is meant for; another one scales it linearly
-    weight_decay: Real = 0.05  # of matrices; not of biases, norms and the cls token
-    beta1: Decay = 0.9  # AdamW
-    beta2: Decay = 0.95  # AdamW
-    clip: Real = 1.0  # largest norm of the gradient; 0 does not clip
-    tau: Share = 0.99  # target decay (Eq. 3) at the start, on its way to 1 by a cosine
-    seed: Whole = 0  # of everything random
-    max_steps: Whole = 0  # end after so many steps, schedules still span epochs; 0: all epochs
+    epochs: int = 300  # passes over the images
+    warmup_epochs: number = 40.0  # of linear warm-up of the learning rate
+    batch_size: int = 4096  # contexts a step, over all processes
+    lr: number = 2.4e-3  # peak learning rate at a batch of lr_batch
+    lr_batch: int = 4096  # the batch that lr is meant for; another one scales it linearly
+    weight_decay: number = 0.05  # of matrices; not of biases, norms and the cls token
+    beta1: number = 0.9  # AdamW
+    beta2: number = 0.95  # AdamW
+    clip: number = 1.0  # largest norm of the gradient; 0 does not clip
+    tau: number = 0.99  # target decay (Eq. 3) at the start, on its way to 1 by a cosine
+    seed: int = 0  # of everything random
+    max_steps: int = 0  # end after so many steps, schedules still span epochs; 0: all epochs
     # machine: all but dtype may differ when a run goes on (see FREE)
-    micro_batch: Whole = 0  # contexts a process handles at once; 0 picks one that divides
+    micro_batch: int = 256  # contexts a process handles at once, at most
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto takes a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the chip has it
     compile: Literal["auto", "true", "false"] = "auto"  # auto compiles on CUDA
-    workers: Workers = -1  # loader processes for each training process; -1 uses the cores at hand
-    log_every: Count = 10  # steps
-    eval_every: Whole = 500  # steps between evaluations on held-out images; 0: at the end only
-    save_every: Whole = 1000  # steps between checkpoints; 0 goes by save_minutes only
-    save_minutes: Real = 15.0  # minutes between checkpoints; 0 goes by save_every only
-    bench: Whole = 0  # time so many steps and print one JSON line; no log, no checkpoint
+    workers: int = -1  # loader processes for each training process; -1 uses the cores at hand
+    log_every: int = 10  # steps
+    eval_every: int = 500  # steps between evaluations on held-out images
+    save_every: int = 1000  # steps between checkpoints
+    bench: int = 0  # time so many steps and print one JSON line; no log, no checkpoint
 
     def __post_init__(self):
         """Raise InputError for values that cannot work together, before any work starts."""
-        if self.decoder_width % 32:
-            raise InputError(f"--decoder_width {self.decoder_width} is no multiple of 32")
-        stride = ENCODERS[self.model][2] if ENCODERS[self.model] else ResNet50.stride
-        for name in ("context_size", "exemplar_size"):
-            if getattr(self, name) % stride:
-                raise InputError(f"--{name} {getattr(self, name)} is no multiple of {stride}, the "
-                                 f"stride of {self.model}")
-        if not 0 < self.context_scale[0] <= self.context_scale[1] <= 1:
-            raise InputError(f"--context_scale {self.context_scale} must be 0 < low <= high <= 1")
         crop.check_crops(self.scale, self.ratio, self.rotation)
+        stride = ENCODERS[self.model][2] if ENCODERS[self.model] else ResNet50.stride
+        for name, unit in (("context_size", stride), ("exemplar_size", stride),
+                           ("decoder_width", 32)):
+            if getattr(self, name) % unit:
+                raise InputError(f"--{name} {getattr(self, name)} is no multiple of {unit}")
 
 
 PRESETS = {
@@ -206,28 +173,28 @@ class Plan(NamedTuple):
 
 
 def make_plan(cfg, machine, images):
-    """The Plan of a config on this machine. Raises InputError: too few images, no even split."""
+    """The Plan of a config on this machine, printed. Raises InputError where a batch cannot be
+    divided, or has more images than there are."""
     share, rest = divmod(cfg.batch_size, machine.world)
-    if rest or not share:
-        near = max(1, round(cfg.batch_size / machine.world)) * machine.world
-        raise InputError(f"--batch_size {cfg.batch_size} is not divisible by {machine.world} "
-                         f"processes; {near} would be")
-    # A ViT-B/16 takes about 50 MB for a context (an estimate); half of the memory stays free.
-    cuda = machine.device.type == "cuda"
-    fits = torch.cuda.get_device_properties(machine.device).total_memory // 10**8 if cuda else 32
-    most = cfg.micro_batch or min(512, fits)
-    micro = max(k for k in range(1, min(most, share) + 1) if share % k == 0)
-    if cfg.micro_batch and micro != cfg.micro_batch:
-        raise InputError(f"--micro_batch {cfg.micro_batch} does not divide the {share} images of a "
-                         f"process; {micro} would")
     per_epoch = images // cfg.batch_size
-    if not per_epoch:
-        raise InputError(f"{cfg.data!r} has {images} images to train on, fewer than one batch of "
-                         f"{cfg.batch_size}: give more images or a smaller --batch_size")
+    if rest or not per_epoch:
+        raise InputError(f"--batch_size {cfg.batch_size} must divide over {machine.world} "
+                         f"processes and be at most {images}, the number of images to train on")
+    micro = max(k for k in range(1, min(cfg.micro_batch, share) + 1) if share % k == 0)
+    if 4 * micro < min(cfg.micro_batch, share):
+        near = machine.world * cfg.micro_batch * max(1, round(share / cfg.micro_batch))
+        raise InputError(f"the {share} images of a process divide into micro-batches of {micro} "
+                         f"only; --batch_size {near} would divide well")
     total = cfg.epochs * per_epoch
-    stop = BENCH_WARMUP + cfg.bench if cfg.bench else min(total, cfg.max_steps or total)
-    return Plan(images, micro, share // micro, per_epoch, total, stop,
+    plan = Plan(images, micro, share // micro, per_epoch, total, min(total, cfg.max_steps or total),
                 round(cfg.warmup_epochs * per_epoch), cfg.lr * cfg.batch_size / cfg.lr_batch)
+    if machine.rank == 0:
+        print(f"batch    {cfg.batch_size} = {machine.world} x {machine.device}, {machine.dtype}, x "
+              f"{plan.accumulate} micro-batches x {micro} images\n"
+              f"lr       {cfg.lr:g} x {cfg.batch_size} / {cfg.lr_batch} = {plan.peak:.3g}, after "
+              f"{plan.warmup} steps of warm-up\n"
+              f"steps    {per_epoch} an epoch x {cfg.epochs} epochs = {total}", flush=True)
+    return plan
 
 
 def micro_batches(cfg, plan, rank, steps, repeats=1):
@@ -301,12 +268,6 @@ def parameter_groups(model, weight_decay, scale=lambda name: 1.0):
     return list(groups.values())
 
 
-def set_learning_rate(optimizer, lr):
-    """Give each group its learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr * group["scale"]
-
-
 # ----------------------------------------------------------------------------------- 4. held-out
 
 @contextlib.contextmanager
@@ -328,65 +289,60 @@ def mean_map(cfg, machine):
     return mean.clamp(1e-4, 1 - 1e-4)
 
 
-def effective_rank(x):
-    """exp of the entropy of the covariance's spectrum of x [N, D], in float64; 1 if x is constant
-    to float32's precision, nan if it is not finite."""
-    if not x.isfinite().all():
-        return math.nan
-    spectrum = torch.linalg.svdvals(x - x.mean(0)) ** 2
-    spectrum[spectrum < 1e-12 * x.square().sum()] = 0  # rounding
-    p = spectrum / spectrum.sum().clamp(min=1e-300)
-    return math.exp(-torch.special.xlogy(p, p).sum())
-
-
 class HeldOut:
-    """At most 256 fixed images with fixed crops, never trained on.
+    """Fixed images with fixed crops, never trained on.
 
     skill = 1 - loss / baseline, where baseline is the loss of the average map, the same answer for
     every exemplar. 0: no better than that; 1: perfect. skill_swapped is its control: with the
-    exemplars of another image it is negative where the model is confident, and wrong. rank: the
-    effective rank of the exemplars' features, near 1 when they collapse. The loss is cross-entropy
-    whatever the model was trained with, so skill does not compare the losses of Table 3."""
+    exemplars of another image it is negative where the model is confident, and wrong. The loss is
+    cross-entropy whatever the model was trained with, so skill does not compare the losses of Table
+    3. iou: of the maps at a probability of 0.5, in percent; iou_average is its control, the IoU of
+    the average map at the threshold that is best for it."""
 
-    MEASURES = ("baseline", "skill", "skill_swapped", "heldout_loss", "rank")
-
-    def __init__(self, source, indices, cfg, machine):
-        dataset = contexts_of(source, indices, cfg)
-        if len(dataset) < 2:
-            raise InputError(f"{cfg.data!r} leaves {len(dataset)} images to hold out: two are "
-                             "needed, to swap their exemplars")
-        contexts, _ = crop.collate([dataset[0, i] for i in range(len(dataset))])
-        self.cfg, self.machine = cfg, machine
-        self.contexts = machine.send(contexts)
-        self.u = machine.send(uniforms(cfg, (5,), len(contexts)))
+    def __init__(self, source, indices, cfg, machine, keep=True):
+        """keep: hold the images in memory, as training does, or else read them each time."""
+        images = Batches(contexts_of(source, indices, cfg, replace=False), machine, batch=16,
+                         workers=0 if keep else cfg.workers)
+        self.cfg, self.machine, self.images = cfg, machine, list(images) if keep else images
+        self.row = {j: i for i, j in enumerate(indices)}
+        self.u = uniforms(cfg, (5,), len(indices))
         self.mean_map = mean_map(cfg, machine)
 
-    def evaluate(self, cim):
-        """-> a dict of MEASURES. Every process does the same; the log has those of process 0."""
-        losses, features, n = 0, [], len(self.contexts)
-        for rows in torch.arange(n).tensor_split(max(1, n // 8)):
-            context, exemplars, maps, _ = make_pairs(self.contexts[rows], self.u[rows], self.cfg)
-            with measuring(cim, self.machine):
-                h_c, h_z = cim.encode(context, exemplars)
-                logits = [cim.decoder(h_c, h, maps.shape[-1]) for h in (h_z, h_z.roll(1, 0))]
-            logits.append(self.mean_map.logit().expand_as(maps))
-            losses += len(rows) * torch.stack([F.binary_cross_entropy_with_logits(x, maps)
-                                               for x in logits])
-            features.append(h_z[:, :, cim.online.prefix:].float().mean(2))
-        loss, swapped, baseline = (losses / n).tolist()
-        return dict(heldout_loss=loss, baseline=baseline, skill=1 - loss / baseline,
-                    skill_swapped=1 - swapped / baseline,
-                    rank=effective_rank(torch.cat(features).flatten(0, 1).cpu().double()))
+    def predict(self, cim, contexts, numbers):
+        """-> context, exemplars, maps, theta; the logits; those with the exemplars of the image
+        before in the batch."""
+        u = self.machine.send(self.u[[self.row[j] for j in numbers.tolist()]])
+        pairs = make_pairs(contexts, u, self.cfg)
+        with measuring(cim, self.machine):
+            h_c, h_z = cim.encode(*pairs[:2])
+            return pairs, *(cim.decoder(h_c, h, contexts.shape[-1]) for h in (h_z, h_z.roll(1, 0)))
 
-    def paint(self, cim, step):
-        """Contact sheets with predicted maps (Figures 5, 6): maps.png of the first four images,
-        and maps/STEP.png of the first one, to see it change over time."""
-        for rows, name in ((4, "maps.png"), (1, os.path.join("maps", f"{step:07d}.png"))):
-            pairs = make_pairs(self.contexts[:rows], self.u[:rows], self.cfg)
-            with measuring(cim, self.machine):
-                _, logits = cim(*pairs[:3])
-            save_picture(os.path.join(self.cfg.out, name),
-                         crop.contact_sheet(*(x.cpu() for x in (*pairs, logits))))
+    def evaluate(self, cim):
+        """-> a dict of measures, the same for any number of processes."""
+        thresholds = torch.linspace(0.02, 0.98, 49, device=self.mean_map.device)
+        averages = (self.mean_map > thresholds[:, None, None]).float()  # [T, m, m]
+        sums = torch.zeros(5 + len(averages), device=self.mean_map.device)
+        for contexts, numbers in self.images:
+            (_, _, maps, _), logits, swapped = self.predict(cim, contexts, numbers)
+            both = maps.flatten(2) @ averages.flatten(1).T  # [B, K, T]: pixels in box and average
+            union = maps.sum((2, 3))[..., None] + averages.sum((1, 2)) - both
+            losses = [F.binary_cross_entropy_with_logits(x, maps) for x in (
+                logits, swapped, self.mean_map.logit().expand_as(maps))]
+            means = [*losses, crop.map_iou(maps, logits).mean(), *(both / union).mean((0, 1))]
+            sums += len(maps) * torch.stack([maps.new_ones(()), *means])
+        self.machine.sum(sums)
+        n, *means = sums.tolist()
+        loss, swapped, baseline, iou, *averages = (x / n for x in means)
+        return dict(heldout_loss=loss, baseline=baseline, skill=1 - loss / baseline,
+                    skill_swapped=1 - swapped / baseline, iou=100 * iou,
+                    iou_average=100 * max(averages), n=int(n))
+
+    def paint(self, cim, path, count=4):
+        """A contact sheet of the first images with predicted maps (Figures 5, 6)."""
+        contexts, numbers = next(iter(self.images))
+        pairs, logits, _ = self.predict(cim, contexts[:count], numbers[:count])
+        sheet = crop.contact_sheet(*(x.cpu() for x in (*pairs, logits)))
+        save_file(path, lambda f: sheet.save(f, "PNG"))
 
 
 # ---------------------------------------------------------------------------------- 5. the model
@@ -413,15 +369,10 @@ def accelerate(model, machine):
     """Compile what is large where asked; wrap the model in DDP where there are processes."""
     if machine.compile:  # in place, so that state-dict keys stay clean
         torch._dynamo.config.optimize_ddp = False  # it would cut blocks where DDP's buckets end
-        compiled = [part for part in model.modules()
-                    if isinstance(part, (Block, CorrelationLayer, ResNet50)) and not any(
-                        isinstance(m, torch.nn.SyncBatchNorm) for m in part.modules())]
-        for part in compiled:
-            part.compile(fullgraph=True, dynamic=False)
-        if machine.rank == 0:
-            counts = Counter(type(part).__name__ for part in compiled)
-            print("compiled", ", ".join(f"{n} {name}" for name, n in counts.items())
-                  or "nothing: SyncBatchNorm would break the graph", flush=True)
+        for part in model.modules():  # SyncBatchNorm would break the graph at each of its layers
+            if isinstance(part, (Block, CorrelationLayer, ResNet50)) and not any(
+                    isinstance(m, torch.nn.SyncBatchNorm) for m in part.modules()):
+                part.compile(fullgraph=True, dynamic=False)
     if machine.world == 1:
         return model
     return torch.nn.parallel.DistributedDataParallel(
@@ -434,20 +385,24 @@ def accelerate(model, machine):
 def main(argv=None):
     """The run of a Config, from the command line to encoder.pt; goes on from out/ckpt.pt."""
     cfg = parse_config(Config, PRESETS, argv, __doc__.split("\n")[0])
-    machine = setup_machine(cfg.device, cfg.dtype, cfg.compile)
-    with machine.first():
-        (source, indices), validation, sentence = crop.train_and_val(
-            cfg.data, cfg.seed, crop.read_classes(cfg.classes))
-        plan = make_plan(cfg, machine, len(indices))
-        data = crop.describe_data((source, indices), validation, cfg.out)
-        held_out = HeldOut(*validation, cfg, machine)
-        cim, optimizer = build(cfg, machine)
-        saved = None if cfg.bench else load_checkpoint(os.path.join(cfg.out, "ckpt.pt"))
-        start = begin_run(cfg, machine, data, cim, optimizer, saved)
-    check_same_start(start, cfg, machine)
-    describe(cfg, machine, plan, start, sentence,
-             f"{cfg.model}, {cfg.exemplars} exemplars of each context")
+    with setup_machine(cfg) as machine, at_work(cfg.out, machine) as signals:
+        train(cfg, machine, signals)
 
+
+def train(cfg, machine, signals):
+    """signals: a list that grows when the run is asked to stop."""
+    with machine.first():  # Imagenette may have to be downloaded
+        (source, indices), validation, sentence = crop.train_and_val(
+            cfg.data, cfg.seed, crop.read_classes(cfg.classes), held_out=256)
+    machine.say(f"data     {cfg.data}: {sentence}")
+    plan = make_plan(cfg, machine, len(indices))
+    if cfg.bench:
+        plan = plan._replace(stop=BENCH_WARMUP + cfg.bench)
+    held_out = HeldOut(*validation, cfg, machine)
+    cim, optimizer = build(cfg, machine)
+    start, row, owed = 0, None, False
+    if not cfg.bench:
+        start, row, owed = resume(cfg, machine, dict(images=len(indices)), cim, optimizer)
     wrapped = accelerate(cim, machine)  # what the loop calls; cim has the same weights
     make = make_pairs
     if machine.compile:
@@ -455,19 +410,29 @@ def main(argv=None):
     parameters = [p for p in cim.parameters() if p.requires_grad]
     loader = iter(make_loader(contexts_of(source, indices, cfg),
                               micro_batches(cfg, plan, machine.rank, range(start, plan.stop)),
-                              cfg.workers, machine, repeat=cfg.data == "none"))
+                              cfg.workers, machine))
     clock = Clock(start)
-    signals = [] if cfg.bench else catch_signals()
-    broken = machine.send(torch.tensor(0))  # the first step whose gradient was not finite
-    row = saved["row"] if saved else None  # the last one of the log
-    if start == 0 and machine.rank == 0 and not cfg.bench:
-        held_out.paint(cim, 0)  # what is known before the first step
-    u = uniforms(cfg, (4, start), cfg.batch_size)  # each process draws those of the whole step
+
+    def report(row):
+        """Measure and write down what is due after a step."""
+        done, last = row["step"], row["step"] == plan.stop
+        if last or done % cfg.eval_every == 0:
+            row = row | held_out.evaluate(cim)
+            if machine.rank == 0:
+                held_out.paint(cim, f"{cfg.out}/maps.png")
+                held_out.paint(cim, f"{cfg.out}/maps/{done:07d}.png", count=1)
+        if last or done == 1 or done % cfg.log_every == 0 or "skill" in row:
+            write_row(cfg, machine, plan, row)
+
+    if owed:  # the run ended between the checkpoint of a step and its row
+        report(row)
     cim.train()
+    u = uniforms(cfg, (4, start), cfg.batch_size)  # each process draws those of the whole step
     for step in range(start, plan.stop):
         lr = learning_rate(step, plan.total, plan.peak, plan.warmup)
         tau = target_decay(step, plan.total, cfg.tau)
-        set_learning_rate(optimizer, lr)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * group["scale"]
         loss = 0
         mine = u.chunk(machine.world)[machine.rank]
         for k, rows in enumerate(mine.split(plan.micro)):
@@ -488,42 +453,28 @@ def main(argv=None):
             clock.tick(machine)
             continue
 
-        # Measure, log, save, in this order: a checkpoint stores how long the log is when it is
-        # saved. Going on cuts the log to that length; the rows behind it are of lost steps.
-        done, last = step + 1, step + 1 == plan.stop
-        asked = machine.max(len(signals))  # whether any process was asked to stop
-        broken = torch.where((broken == 0) & ~grad_norm.isfinite(), done, broken)
-        evaluates = last or (cfg.eval_every and done % cfg.eval_every == 0)
-        logs = evaluates or done == 1 or done % cfg.log_every == 0
-        saves = last or asked or clock.saves(cfg, done)
-        if logs or saves:
-            check_finite(broken, done, lr, *cim.state_dict().values())
-        if logs:
+        done, asked = step + 1, machine.max(len(signals))  # whether any process was asked to stop
+        if asked or is_due(done, plan, cfg.log_every, cfg.eval_every, cfg.save_every):
             row = dict(step=done, epoch=done / plan.per_epoch, loss=machine.mean(loss), lr=lr,
-                       tau=None if cim.bootstrap == "shared" else tau,
-                       grad_norm=grad_norm.item(), **clock.rates(done, cfg.batch_size))
-            row |= held_out.evaluate(cim) if evaluates else dict.fromkeys(HeldOut.MEASURES)
-            write_row(cfg, machine, plan, row)
-        if evaluates and machine.rank == 0:
-            held_out.paint(cim, done)
-        if saves:
-            save_checkpoint(cfg, machine, data, clock, row, done, cim, optimizer)
-        if logs:
+                       tau=tau, grad_norm=grad_norm.item(), **clock.rates(done, cfg.batch_size))
+            check_finite(row)
+            if asked or done == plan.stop or done % cfg.save_every == 0:
+                save_checkpoint(cfg, machine, dict(images=len(indices)), row, cim, optimizer)
+            if asked:
+                stop_early(done, machine)
+            report(row)
             clock.restart(done)
-        if asked and not last:
-            stop_early(done, machine)
 
     if cfg.bench:
-        bench_report("pretrain", cfg, machine, clock, gflop_per_image(cfg))
-    elif machine.rank == 0:
-        path = os.path.join(cfg.out, "encoder.pt")
-        weights = {k: v.cpu() for k, v in cim.online.state_dict().items()}
-        save_file(path, lambda f: torch.save(weights, f))
-        print(f"finished after {max(start, plan.stop)} steps. Look at {cfg.out}/maps.png; "
-              f"{path} is the encoder, log.jsonl the curves (README, Outputs). Next:\n"
+        return bench_report(cfg, machine, clock)
+    if machine.rank == 0:
+        for name, encoder in (("encoder", cim.online), ("target", cim.target)):
+            save_file(f"{cfg.out}/{name}.pt", lambda f: torch.save(encoder.state_dict(), f))
+        recipe = "--recipe=demo " if cfg.preset == "demo" else ""
+        print(f"finished after {max(start, plan.stop)} steps: {cfg.out}/encoder.pt, and its "
+              f"average, target.pt. Look at {cfg.out}/maps.png. Next:\n"
               f"python evaluate.py --bench=maps --ckpt={cfg.out}/ckpt.pt --data={cfg.data}\n"
-              f"python finetune.py {'--recipe=demo ' * (cfg.preset == 'demo')}--init={path} "
-              f"--data={cfg.data}")
+              f"python finetune.py {recipe}--init={cfg.out}/encoder.pt --data={cfg.data}")
 
 
 # =========================================================== what the three scripts share: plumbing
@@ -532,72 +483,30 @@ def main(argv=None):
 
 def parse_config(Config, presets, argv=None, description=None):
     """The command line as a Config: flags win over the preset's values, which win over defaults.
-
-    `--name value` and `--name=value` both work; pairs take two numbers, `--ratio 1/3 3` or
-    `--ratio=1/3,3`; a switch takes true or false. Exits with status 2 and one sentence on a wrong
-    name, type or bound; raises InputError for values that cannot work together."""
+    Exits with status 2 on a wrong name, type or choice."""
     notes = dict(re.findall(r"^    (\w+): [^#]*?  # (.*)$", inspect.getsource(Config), re.M))
     parser = argparse.ArgumentParser(
         allow_abbrev=False, argument_default=argparse.SUPPRESS, description=description,
-        usage="%(prog)s [--flag VALUE ...]; --help lists the flags")
+        usage="%(prog)s [--flag=VALUE ...]; --help lists the flags")
     for f in dataclasses.fields(Config):
         how = dict(type=f.type, metavar="VALUE")
         if typing.get_origin(f.type) is Literal:
             how = dict(choices=typing.get_args(f.type))
-        elif f.type in (Pair, Switch):
-            how |= dict(nargs="+") if f.type is Pair else dict(nargs="?", const=True)
         parser.add_argument("--" + f.name, help=f"{notes.get(f.name, '')} ({f.default})", **how)
-    values = vars(parser.parse_args(argv))
-    for f in dataclasses.fields(Config):
-        if f.type is Pair and f.name in values:
-            values[f.name] = sum(values[f.name], ())
-            if len(values[f.name]) != 2:
-                parser.error(f"--{f.name} takes two numbers, low and high")
+    flags = vars(parser.parse_args(argv))
     chosen = dataclasses.fields(Config)[0]  # preset or recipe
-    return Config(**presets.get(values.get(chosen.name, chosen.default), {}) | values)
-
-
-def describe(cfg, machine, plan, start, data, model):
-    """Print what is about to run, the arithmetic written out. data, model: a sentence about each.
-    """
-    if machine.rank == 0:
-        print(f"data     {cfg.data}: {data}\n"
-              f"model    {model}\n"
-              f"machine  {machine.world} x {machine.device}, {machine.dtype}\n"
-              f"batch    {cfg.batch_size} = {machine.world} processes x {plan.accumulate} "
-              f"micro-batches x {plan.micro} images\n"
-              f"lr       {cfg.lr:g} x {cfg.batch_size} / {cfg.lr_batch} = {plan.peak:.3g}, after "
-              f"{plan.warmup} steps of warm-up"
-              f"{', which is the whole run' if plan.warmup >= plan.total else ''}\n"
-              f"steps    {plan.per_epoch} an epoch x {cfg.epochs} epochs = {plan.total}; from "
-              f"{start} to {plan.stop}", flush=True)
+    return Config(**presets.get(flags.get(chosen.name, chosen.default), {}) | flags)
 
 
 def run(main):
     """Call a script's main. An InputError, which the user can mend, becomes one sentence and
     status 1; anything else keeps its traceback."""
     try:
-        if hasattr(sys.stdout, "reconfigure"):  # not in a notebook
-            sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may be no text
         main()
-        if dist.is_initialized():  # not after an error: the others may not be there any more
-            dist.destroy_process_group()
     except InputError as error:
-        # Before the process group exists all processes fail alike and process 0 speaks; later an
-        # error is this process's own. That of a loader's worker comes with its traceback.
-        if os.environ.get("RANK", "0") == "0" or dist.is_initialized():
-            reason = str(error)
-            if reason.startswith("Caught "):
-                reason = reason.split("crop.InputError: ", 1)[-1].strip()
-            print(f"{os.path.basename(sys.argv[0])}: {reason}", file=sys.stderr, flush=True)
+        reason = str(error).split("InputError: ")[-1].strip()  # without a worker's traceback
+        print(f"{os.path.basename(sys.argv[0])}: {reason}", file=sys.stderr, flush=True)
         sys.exit(1)
-    except KeyboardInterrupt:
-        sys.exit("stopped; the same command goes on from the last checkpoint of a training run")
-    finally:
-        if hasattr(signal, "SIGCHLD"):
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader would complain
-        for worker in multiprocessing.active_children():  # they ignore SIGTERM
-            worker.kill()
 
 
 # -------------------------------------------------------------------------------- 8. the machine
@@ -647,16 +556,17 @@ class Machine:
 
     @contextlib.contextmanager
     def first(self):
-        """Let process 0 do something, a download perhaps, before the others. If it fails there, the
-        others never begin, so that an error is printed once; torchrun ends them."""
+        """Let process 0 do something, a download perhaps, before the others."""
         if self.rank > 0:
-            try:
-                self.max(0)
-            except RuntimeError:  # process 0 has ended, and has printed why
-                sys.exit(1)
+            self.max(0)
         yield
         if self.rank == 0:
             self.max(0)
+
+    def say(self, text):
+        """Print once, whatever the number of processes."""
+        if self.rank == 0:
+            print(text, flush=True)
 
     @property
     def syncs_batchnorm(self):
@@ -670,69 +580,40 @@ class Machine:
                 dist.broadcast(buffer, 0)
 
 
-def setup_machine(device="auto", dtype="auto", compile="auto"):
-    """Join torchrun's process group, if there is one, and resolve what is `auto`."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    found = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    found = found.type if found else "cpu"
-    device = found if device == "auto" else device
-    if device not in ("cpu", found):
-        raise InputError(f"--device {device}: PyTorch sees no such device here; --device {found} "
-                         "works")
-    index, native = None, False  # whether the hardware multiplies bf16
-    if device == "cpu":
-        able = torch.cpu.get_capabilities()
-        native = any(able.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16"))
-    elif device == "cuda":
-        index, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
-        local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-        if local > count > 1 or index >= count > 1:
-            raise InputError(f"{local} processes on {count} GPUs: start at most "
-                             f"--nproc_per_node={count}")
-        index = index if count > 1 else 0  # some launchers show each process its own GPU alone
-        torch.cuda.set_device(index)
+@contextlib.contextmanager
+def setup_machine(cfg):
+    """The Machine of a config; inside torchrun its process group is joined, and left at the end.
+    `auto` is resolved: a GPU if there is one, bf16 where the hardware multiplies it."""
+    rank, world, local = (int(os.environ.get(name, default)) for name, default in (
+        ("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = cfg.device
+    if device == "auto":
+        found = torch.accelerator.is_available()
+        device = torch.accelerator.current_accelerator().type if found else "cpu"
+    cuda, able = device == "cuda", torch.cpu.get_capabilities()
+    native = device == "cpu" and any(able.get(k) for k in ("avx512_bf16", "amx_bf16", "bf16"))
+    if cuda:
+        if not torch.cuda.is_available():
+            raise InputError("--device=cuda: PyTorch sees no such device here")
+        torch.cuda.set_device(local)
         native = torch.cuda.get_device_capability() >= (8, 0)
-    if dtype == "auto":
-        dtype = "bfloat16" if native else "float32"
-    device = torch.device(device, index)
+    dtype = cfg.dtype if cfg.dtype != "auto" else "bfloat16" if native else "float32"
+    compile = getattr(cfg, "compile", "false")  # evaluate.py does not compile
+    machine = Machine(torch.device(device, local if cuda else None), rank, world, dtype,
+                      compile == "true" or compile == "auto" and cuda)
     if world > 1:  # one group for tensors on the CPU and on GPUs
-        cuda = device.type == "cuda"
         # torchrun's store outlives a restart, and with it the addresses of dead processes.
         store, *_ = next(dist.rendezvous("env://"))
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # nodes count restarts each for itself
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        try:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store,
-                                    rank=rank, world_size=world, timeout=timedelta(minutes=30),
-                                    device_id=device if cuda else None)
-        except RuntimeError as error:  # a network interface, two processes on one GPU, ...
-            raise InputError(f"process {rank} cannot join the others: {error}") from error
-    return Machine(device, rank, world, dtype, can_compile(compile, device))
-
-
-def can_compile(asked, device):
-    """Whether to compile: "auto" does on CUDA, if compiling one addition works there, which finds a
-    missing Triton or C compiler. Raises InputError if it is asked for and that fails."""
-    if asked == "false" or asked == "auto" and device.type != "cuda":
-        return False
-    try:
-        torch.compile(lambda x: x + 1)(torch.ones(8, device=device))
-        return True
-    except Exception as error:  # of many kinds
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        reason = f"torch.compile does not work here ({reason})"
-        if asked == "true":
-            raise InputError(f"--compile=true: {reason}") from error
-        if os.environ.get("RANK", "0") == "0":
-            print(f"warning: {reason}; going on without it", file=sys.stderr)
-        return False
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
+                                world_size=world, device_id=machine.device if cuda else None)
+    yield machine
+    if world > 1:  # not after an error: the others may not be there any more
+        dist.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------- 9. the loader
-
-STOPPERS = [signal.SIGTERM, *([signal.SIGUSR1] if hasattr(signal, "SIGUSR1") else [])]
-STOPPED = 75  # exit status after one of them: EX_TEMPFAIL, the same command should be run again
-
 
 def quiet_worker(_):
     """Loader workers leave signals to the process that trains, which needs them to its last step.
@@ -741,27 +622,43 @@ def quiet_worker(_):
         signal.signal(number, signal.SIG_IGN)
 
 
-def make_loader(dataset, batches, workers, machine, repeat=False):
-    """A loader of `batches` (lists of keys of crop.Samples); workers < 0 takes the cores at hand,
-    16 at most. repeat: load the first batch only and give it for each."""
-    if repeat:
-        return itertools.repeat(crop.collate([dataset[key] for key in next(batches, [])]))
+def make_loader(dataset, batches, workers, machine):
+    """A loader of `batches`: lists of keys of crop.Samples. workers < 0 takes the cores at hand, 16
+    at most."""
     if workers < 0:
-        able = hasattr(os, "sched_getaffinity")
-        cores = len(os.sched_getaffinity(0)) if able else os.cpu_count()
-        workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, collate_fn=crop.collate,
         worker_init_fn=quiet_worker, pin_memory=machine.device.type == "cuda",
         persistent_workers=workers > 0)
 
 
+class Batches:
+    """Each image of a data set once, for measuring. Iterating gives this process's batches: (uint8
+    images on the device, their numbers in the source on the CPU). The batches are the same for any
+    number of processes; unreadable images are left out. It ends early where `signals` is not empty.
+    """
+
+    def __init__(self, dataset, machine, workers, batch=64, signals=()):
+        parts = np.array_split(np.arange(len(dataset)), max(1, math.ceil(len(dataset) / batch)))
+        batches = [[(0, i) for i in part.tolist()] for part in parts]
+        self.machine, self.signals = machine, signals
+        self.loader = make_loader(dataset, batches[machine.rank::machine.world], workers, machine)
+
+    def __iter__(self):
+        for batch in self.loader:
+            if self.signals:
+                return
+            if batch:
+                yield self.machine.send(batch[0]), batch[1]
+
+
 class Clock:
-    """When the last row and the last checkpoint were written, how long the loop has waited for
-    images since that row, and for --bench the moment at which each step ended."""
+    """The time since the last row, how much of it the loop has waited for images, and for --bench
+    the moment at which each step ended."""
 
     def __init__(self, step):
-        self.ticks, self.saved_at = [], time.perf_counter()
+        self.ticks = []
         self.restart(step)
 
     def restart(self, step):
@@ -781,12 +678,6 @@ class Clock:
         return dict(images_per_s=(step - self.step) * batch_size / seconds,
                     data_wait=self.waited / seconds)
 
-    def saves(self, cfg, done):
-        """Whether a checkpoint is to be written after step `done`, by the steps or by the clock."""
-        seconds = time.perf_counter() - self.saved_at
-        return bool(cfg.save_every and done % cfg.save_every == 0
-                    or cfg.save_minutes and seconds > 60 * cfg.save_minutes)
-
     def tick(self, machine):
         """Note the end of a step, once the device has finished it."""
         if machine.device.type != "cpu":
@@ -794,47 +685,21 @@ class Clock:
         self.ticks.append((time.perf_counter(), self.waited))
 
 
-def catch_signals():
-    """-> a list to which SIGTERM and SIGUSR1 add their number, so that the loop can stop."""
-    came = []
-    for number in STOPPERS:
-        signal.signal(number, lambda number, _: came.append(number))
-    return came
-
-
-def stop_early(done, machine):
-    """End this process after a signal, when the checkpoint is written."""
-    machine.max(0)  # torchrun ends all when the first one leaves: wait for process 0
-    if machine.rank == 0:
-        print(f"stopped by a signal after step {done} and saved; the same command goes on",
-              file=sys.stderr)
-    sys.exit(STOPPED)
-
-
 # ------------------------------------------------------------------------ 10. checkpoint and log
 
 # Fields that may differ when a run goes on: they change where and how fast it runs, not what.
 FREE = ("out", "micro_batch", "device", "compile", "workers", "log_every", "eval_every",
-        "eval_epochs", "save_every", "save_minutes", "max_steps", "bench", "preset", "recipe")
+        "eval_epochs", "save_every", "max_steps", "bench", "preset", "recipe")
 
 
 def save_file(path, write):
-    """Let write(file) fill a temporary file beside `path`, then move it there: all or nothing.
-    Folders are made. Raises InputError when it cannot be written."""
-    temporary = path + ".tmp"
-    try:
-        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        with open(temporary, "wb") as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch.save turns a full disk into a RuntimeError
-        with contextlib.suppress(OSError):
-            os.remove(temporary)
-        reason = error if isinstance(error, OSError) else error.__context__ or error
-        raise InputError(f"cannot write {path!r}: {reason}. Older files are untouched: make room, "
-                         "then give the same command again") from error
+    """Let write(file) fill a temporary file beside `path`, then move it there: all or nothing."""
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    with open(path + ".tmp", "wb") as f:
+        write(f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(path + ".tmp", path)
 
 
 def save_text(path, text):
@@ -842,225 +707,145 @@ def save_text(path, text):
     save_file(path, lambda f: f.write(text.encode()))
 
 
-def save_picture(path, picture):
-    """A PIL image as a PNG file."""
-    save_file(path, lambda f: picture.save(f, "PNG"))
+def identity(cfg, machine, data):
+    """What a run is a function of, in JSON's types. data: what is known of the images, a dict."""
+    fields = dataclasses.asdict(cfg) | dict(dtype=machine.dtype, data=os.path.realpath(cfg.data))
+    return json.loads(json.dumps({k: v for k, v in fields.items() if k not in FREE} | data))
 
 
-def plain(cfg):
-    """A config as JSON's types: tuples become lists, as in a config that was read from a file."""
-    return json.loads(json.dumps(dataclasses.asdict(cfg)))
-
-
-def restore(Config, values, path):
-    """The Config that was read from the file `path` as a dict, each field checked as its flag is.
-    Raises InputError where there is none."""
-    kinds = {f.name: f.type for f in dataclasses.fields(Config)}
-    try:
-        for name, value in values.items():
-            if typing.get_origin(kinds[name]) is not Literal:
-                text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-                values = values | {name: kinds[name](text)}
-            elif value not in typing.get_args(kinds[name]):
-                raise ValueError(f"{value!r} is no {name}")
-        return Config(**values)
-    except (AttributeError, LookupError, ValueError, argparse.ArgumentTypeError) as error:
-        raise InputError(f"{path!r} holds no config of this version of the code: {error}"
-                         ) from error
-
-
-CHECKPOINT = dict(step=int, config=dict, data=dict, log_bytes=int, row=dict, model=dict,
-                  optimizer=dict)  # what is in it
-
-
-def save_checkpoint(cfg, machine, data, clock, row, done, model, optimizer):
-    """Write ckpt.pt after step `done`: tensors and plain types only, all that going on needs. data:
-    from crop.describe_data; row: the last one of the log."""
+def save_checkpoint(cfg, machine, data, row, model, optimizer):
+    """Write ckpt.pt after the step of `row`: tensors and plain types only, all that going on needs.
+    """
     if machine.rank == 0:
-        state = dict(step=done, config=plain(cfg) | {"dtype": machine.dtype}, data=data,
-                     log_bytes=os.path.getsize(os.path.join(cfg.out, "log.jsonl")), row=row,
-                     model=model.state_dict(), optimizer=optimizer.state_dict())
-        save_file(os.path.join(cfg.out, "ckpt.pt"), lambda f: torch.save(state, f))
-    clock.saved_at = time.perf_counter()
+        state = dict(step=row["step"], row=row, identity=identity(cfg, machine, data),
+                     config=dataclasses.asdict(cfg), model=model.state_dict(),
+                     optimizer=optimizer.state_dict())
+        save_file(f"{cfg.out}/ckpt.pt", lambda f: torch.save(state, f))
 
 
 def load_checkpoint(path):
-    """Read a checkpoint: tensors and plain types only, no pickled code is run. None: there is no
-    such file. Raises InputError when it is no checkpoint of a training script."""
-    if not os.path.lexists(path):
-        return None
-    try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
-        for name in ("config", "data", "row"):  # plain types only
-            saved[name] = json.loads(json.dumps(saved.get(name)))
-        wrong = [name for name, kind in CHECKPOINT.items() if not isinstance(saved.get(name), kind)]
-        problem = f"it lacks a proper {', '.join(wrong)}" if wrong else None
-        if not wrong and min(saved["step"], saved["log_bytes"]) < 0:
-            problem = "its step is below 0"
-    except Exception as error:  # torch.load raises many kinds on files that are none
-        problem = type(error).__name__
-    if problem:
-        raise InputError(f"{path!r} is not a training checkpoint of this version of the code "
-                         f"({problem}); where it stands in the way of a run, move it away or name "
-                         "another --out")
-    return saved
+    """A checkpoint, or None where there is no such file; no pickled code is run."""
+    if os.path.exists(path):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def load_states(saved, path, model, optimizer=None):
-    """Put a checkpoint's weights into the model, and its averages of gradients into the optimiser,
-    whose settings stay those of the config. Raises InputError where anything does not fit: the
-    fused optimiser would not look at shapes."""
-    try:
-        model.load_state_dict(saved["model"])
-        if not all(x.isfinite().all() for x in model.state_dict().values()):
-            raise ValueError("its weights are not finite")
-        if optimizer:
-            load_averages(optimizer, saved["optimizer"]["state"])
-    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-        reason = str(error).split("\n")[0]  # PyTorch lists all that differs below it
-        raise InputError(f"{path!r} does not fit this version of the code ({reason})") from error
-
-
-def load_averages(optimizer, state):
-    """The optimiser's part of load_states."""
-    names = {"step", "exp_avg", "exp_avg_sq"} if "betas" in optimizer.defaults else (
-        {"momentum_buffer"} if optimizer.defaults["momentum"] else set())
-    optimizer.load_state_dict(optimizer.state_dict() | {"state": state})
-    for p in itertools.chain(*(group["params"] for group in optimizer.param_groups)):
-        averages = optimizer.state[p]
-        shapes = {name: x.shape for name, x in averages.items()}
-        if names and shapes != {name: () if name == "step" else p.shape for name in names}:
-            raise ValueError("the optimiser's state is of other parameters")
-        for name in names - {"step"}:  # laid out in memory as the parameter
-            averages[name] = torch.empty_like(p, requires_grad=False).copy_(averages[name])
-
-
-def begin_run(cfg, machine, data, model, optimizer, saved):
-    """Put the checkpoint `saved` (None: there is none) into model and optimiser, and open the run's
-    folder. -> the number of steps done.
-
-    Raises InputError naming the fields in which the checkpoint's config differs from cfg, FREE ones
-    excepted, or its data from `data`; when the checkpoint does not fit; when another run is at work
-    in the folder; when it cannot be written."""
+def resume(cfg, machine, data, model, optimizer):
+    """Put out/ckpt.pt, if there is one, into model and optimiser, and cut log.jsonl where it ends.
+    -> the number of steps done, the row of the last one, and whether log.jsonl still lacks it.
+    Raises InputError naming the fields in which the checkpoint's run is another one."""
+    saved, log, rows = load_checkpoint(f"{cfg.out}/ckpt.pt"), f"{cfg.out}/log.jsonl", []
     if saved:
-        path = os.path.join(cfg.out, "ckpt.pt")
-        theirs = plain(type(cfg)())  # what a field was before an older checkpoint had it
-        theirs |= saved["config"] | saved["data"]
-        mine = plain(cfg) | {"dtype": machine.dtype} | data
+        mine, theirs = identity(cfg, machine, data), saved["identity"]
         differ = [f"{k} ({theirs.get(k)} there, {mine.get(k)} here)"
-                  for k in sorted(mine.keys() | theirs.keys())
-                  if k not in FREE and mine.get(k) != theirs.get(k)]
+                  for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
         if differ:
-            raise InputError(f"{path!r} belongs to a run that differs in {', '.join(differ[:9])}"
-                             f"{' ...' if len(differ) > 9 else ''}; give the same flags and data "
-                             "to go on with it, or another --out to start afresh")
-        load_states(saved, path, model, optimizer)
-    if machine.rank == 0 and not cfg.bench:
-        lock_folder(cfg.out)
-        save_text(os.path.join(cfg.out, "config.json"), json.dumps(plain(cfg), indent=1))
-        log = os.path.join(cfg.out, "log.jsonl")
-        try:
-            with open(log, "a+b") as f:  # rows beyond the checkpoint are of steps that were lost
-                f.seek(0)
-                text, known = f.read(), saved["log_bytes"] if saved else 0
-                f.truncate(text.rfind(b"\n", 0, known) + 1)
-                if len(text) < known:
-                    print(f"warning: {log!r} lacks rows that the checkpoint knows",
-                          file=sys.stderr)
-        except OSError as error:
-            raise InputError(f"cannot write {log!r}: {error}") from error
-    return saved["step"] if saved else 0
+            raise InputError(f"{cfg.out}/ckpt.pt belongs to a run that differs in "
+                             f"{', '.join(differ)}: give the same flags and data to go on with it, "
+                             "or another --out")
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+    done, row = (saved["step"], saved["row"]) if saved else (0, None)
+    if machine.rank == 0:
+        with contextlib.suppress(FileNotFoundError, ValueError):  # no log; a row that was cut short
+            for line in open(log):
+                if json.loads(line)["step"] <= done:
+                    rows.append(json.loads(line))
+        save_text(log, "".join(json.dumps(row) + "\n" for row in rows))
+        save_text(f"{cfg.out}/config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
+        if rows and rows[-1]["step"] == done:
+            row = rows[-1]  # with its measures
+    written = machine.max(rows[-1]["step"] if rows else 0)
+    return done, row, written < done
 
 
-LOCKS = []  # open files, whose locks end with the process
+def is_due(done, plan, *intervals):
+    """Whether something is to be done after step `done`: the first, the last, or one of many."""
+    return done in (1, plan.stop) or any(done % interval == 0 for interval in intervals)
 
 
-def lock_folder(folder):
-    """Make and lock a folder. Raises InputError when another process has it. lockf, since loader
-    workers that outlive a killed run for some seconds would inherit a flock."""
-    try:
-        import fcntl
-        os.makedirs(folder, exist_ok=True)
-        LOCKS.append(open(os.path.join(folder, "lock"), "a"))
-    except (ImportError, OSError):  # Windows; a folder that the next write will complain about
-        return
-    try:
-        fcntl.lockf(LOCKS[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except (BlockingIOError, PermissionError):
-        raise InputError(f"another run is at work in {folder!r}: wait for it, or name another "
-                         "--out") from None
-    except OSError:  # a file system without locks
-        pass
-
-
-def check_same_start(start, cfg, machine):
-    """Raise InputError where the processes found different checkpoints."""
-    if start != machine.max(start):
-        raise InputError(f"another process goes on from a later checkpoint than the one in "
-                         f"{cfg.out!r} here: all nodes need to see the same folder")
-
-
-def check_finite(broken, step, lr, *numbers):
-    """End this process where a gradient was not finite (broken: the first such step, or 0), or one
-    of `numbers`, the weights or measures at `step` (or their sum of squares). Raises InputError."""
-    numbers = [torch.as_tensor(x).detach() for x in numbers]
-    norm = torch.nn.utils.get_total_norm([x for x in numbers if x.is_floating_point()])
-    if int(broken) or not norm.isfinite():
-        if int(broken) and int(os.environ.get("RANK", 0)) > 0:
-            sys.exit(1)  # process 0 says it
-        raise InputError(f"training diverged: the loss, a gradient or a weight is not finite at "
-                         f"step {int(broken) or step} (learning rate {lr:.3g}); ckpt.pt, if there "
-                         "is one, is of a step before. Try a lower --lr and another --out")
-
-
-SHOWN = {"skill": "skill {:.3f}", "skill_swapped": "swapped {:.3f}", "rank": "rank {:.1f}",
-         "top1": "top-1 {:.2f}%", "top5": "top-5 {:.2f}%", "miou": "mIoU {:.2f}%"}
+def check_finite(row):
+    """Raise InputError where a row has a number that is not finite."""
+    if not all(math.isfinite(x) for x in row.values() if isinstance(x, float)):
+        raise InputError(f"step {row['step']}: the loss or its gradient is not finite. Try a lower "
+                         "--lr and another --out")
 
 
 def write_row(cfg, machine, plan, row):
-    """Append a row to log.jsonl and print it as a line. A logger of your own hooks in here; columns
-    that were not measured at a step are None."""
-    check_finite(0, row["step"], row["lr"], *(x for x in row.values() if isinstance(x, float)))
-    if machine.rank > 0:
-        return
-    try:
-        with open(os.path.join(cfg.out, "log.jsonl"), "a") as f:
+    """Append a row to log.jsonl and print it. A logger of your own hooks in here."""
+    if machine.rank == 0:
+        with open(f"{cfg.out}/log.jsonl", "a") as f:
             f.write(json.dumps(row) + "\n")
-            f.flush()
-            os.fsync(f.fileno())
-    except OSError as error:
-        raise InputError(f"step {row['step']}: cannot write log.jsonl: {error}") from error
-    shown = "".join(text.format(row[name]) + "  " for name, text in SHOWN.items()
-                    if row.get(name) is not None)
-    left = (plan.stop - row["step"]) * cfg.batch_size / row["images_per_s"]
-    print(f"step {row['step']}  epoch {row['epoch']:.2f}  loss {row['loss']:.4f}  {shown}"
-          f"lr {row['lr']:.2e}  {row['images_per_s']:.0f} images/s  waiting for data "
-          f"{row['data_wait']:.0%}  {plain_time(left)} left", flush=True)
+        left = (plan.stop - row["step"]) * cfg.batch_size / row["images_per_s"]
+        shown = [f"{name} {x:.4g}" for name, x in row.items() if not isinstance(x, list)]
+        print(*shown, f"left {timedelta(seconds=round(left))}", sep="  ", flush=True)
 
 
-def plain_time(seconds):
-    """Hours, minutes and seconds, as 1:02:03."""
-    return str(timedelta(seconds=round(seconds)))
+# ---------------------------------------------------------------------------------- 11. signals
+
+STOPPERS = [getattr(signal, name) for name in ("SIGTERM", "SIGUSR1", "SIGHUP")
+            if hasattr(signal, name)]  # Windows has SIGTERM alone
+STOPPED = 75  # exit status after one of them: EX_TEMPFAIL, the same command should be run again
 
 
-# ----------------------------------------------------------------------------------- 11. --bench
+@contextlib.contextmanager
+def at_work(out, machine):
+    """Lock the run's folder and catch STOPPERS until the end. -> a list to which a signal is added,
+    so that the loop can finish its step. A second signal, but for one within two seconds, which
+    torchrun may pass on, ends at once. Raises InputError where another run is at work."""
+    signals = []
+
+    def note(number, _):
+        if signals and time.monotonic() > signals[0] + 2:
+            signal.signal(number, signal.SIG_DFL)
+            signal.raise_signal(number)
+        signals.append(time.monotonic())
+
+    with lock_folder(out) if machine.rank == 0 else contextlib.nullcontext():
+        before = [signal.signal(number, note) for number in STOPPERS]
+        try:
+            yield signals
+        finally:
+            for number, handler in zip(STOPPERS, before):
+                signal.signal(number, handler)
+
+
+def lock_folder(folder):
+    """-> an open file that keeps other processes out of a folder as long as it is open. lockf,
+    since loader workers that outlive a killed run for some seconds would inherit a flock."""
+    if not folder:
+        raise InputError("--out needs the name of a folder")
+    os.makedirs(folder, exist_ok=True)
+    f = open(os.path.join(folder, "lock"), "a")
+    try:
+        import fcntl  # not on Windows
+        fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise InputError(f"another run is at work in {folder!r}: name another --out") from None
+    except ImportError:
+        pass
+    return f
+
+
+def stop_early(done, machine):
+    """End this process after a signal, when the checkpoint is written."""
+    machine.max(0)  # torchrun ends all when the first one leaves: wait for process 0
+    machine.say(f"stopped by a signal after step {done} and saved; the same command goes on")
+    sys.exit(STOPPED)
+
+
+# ----------------------------------------------------------------------------------- 12. --bench
 
 BENCH_WARMUP = 3  # steps before --bench starts its clock
 
 
-def count_gflop(build, *shapes):
-    """GFLOP of forward and backward for one image; a multiply-add is two. build() makes the model,
-    shapes: of its inputs for one image. Nothing is computed (the meta device)."""
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        outputs = build()(*(torch.empty(2, *shape) for shape in shapes))
-        sum(output.sum() for output in outputs).backward()
-    return counter.get_total_flops() / 2 / 1e9
-
-
 def gflop_per_image(cfg):
-    """GFLOP of a training step for one context with its exemplars."""
+    """GFLOP of forward and backward for one context with its exemplars; a multiply-add is two.
+    Nothing is computed (the meta device)."""
     m, n, K = cfg.context_size, cfg.exemplar_size, cfg.exemplars
-    return count_gflop(lambda: build_model(cfg), (3, m, m), (K, 3, n, n), (K, m, m))
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        shapes = (2, 3, m, m), (2, K, 3, n, n), (2, K, m, m)
+        build_model(cfg)(*map(torch.empty, shapes))[0].backward()
+    return counter.get_total_flops() / 2 / 1e9
 
 
 def matmul_tflops(machine):
@@ -1073,31 +858,27 @@ def matmul_tflops(machine):
     return 2 * side**3 / timer.blocked_autorange(min_run_time=0.5).median / 1e12
 
 
-def bench_report(name, cfg, machine, clock, gflop):
-    """Print the JSON of --bench and write bench.json: the time of the steps after warm-up, and the
-    most memory that tensors took on a CUDA device, or this process, without workers, elsewhere."""
+def bench_report(cfg, machine, clock):
+    """Print the JSON of --bench and write bench.json: the median step after the warm-up, and the
+    most memory that tensors took on a CUDA device, or this process elsewhere."""
     if machine.rank > 0:
         return
     if machine.device.type == "cuda":
         chip, memory = torch.cuda.get_device_name(), torch.cuda.max_memory_allocated()
     else:
         import resource  # not on Windows
-        chip = f"{platform.machine()}, {torch.get_num_threads()} threads"
-        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-            1 if sys.platform == "darwin" else 1024)  # in bytes there
+        chip = f"{machine.device.type}, {torch.get_num_threads()} threads"
+        memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux
     steps = np.diff(np.array(clock.ticks[BENCH_WARMUP - 1:]), axis=0)  # [N, 2]: step, waiting
-    low, median, high = np.percentile(steps[:, 0], [10, 50, 90]).tolist()
-    tflops, reached = gflop * cfg.batch_size / median / 1e3 / machine.world, matmul_tflops(machine)
-    report = dict(bench=name, n=len(steps), step_s=median, step_s_p10=low, step_s_p90=high,
-                  images_per_s=cfg.batch_size / median,
-                  data_wait=float(steps[:, 1].sum() / steps[:, 0].sum()), gflop_per_image=gflop,
-                  tflops_per_process=tflops, matmul_tflops=reached,
-                  share_of_matmul=tflops / reached, peak_memory_gb=memory / 1e9,
-                  model=cfg.model, data=cfg.data,
-                  batch_size=cfg.batch_size, processes=machine.world, device=chip,
-                  dtype=machine.dtype, compile=machine.compile, torch=torch.__version__)
-    report = json.dumps({k: round(v, 5) if isinstance(v, float) else v for k, v in report.items()})
-    save_text(os.path.join(cfg.out, "bench.json"), report)
+    step_s = float(np.median(steps[:, 0]))
+    tflops = gflop_per_image(cfg) * cfg.batch_size / step_s / 1e3 / machine.world
+    report = json.dumps(dict(
+        bench="pretrain", n=len(steps), step_s=step_s, images_per_s=cfg.batch_size / step_s,
+        data_wait=float(steps[:, 1].sum() / steps[:, 0].sum()), tflops=tflops,
+        share_of_matmul=tflops / matmul_tflops(machine), peak_memory_gb=memory / 1e9,
+        model=cfg.model, batch_size=cfg.batch_size, processes=machine.world, device=chip,
+        dtype=machine.dtype, compile=machine.compile, torch=torch.__version__))
+    save_text(f"{cfg.out}/bench.json", report)
     print(report)
 
 
