@@ -40,10 +40,9 @@ from torchvision.transforms import v2
 import crop
 from crop import InputError
 from model import ENCODERS, Classifier, Segmenter, resize_positions
-from pretrain import (Batches, Clock, accelerate, at_work, check_finite, is_due, learning_rate,
-                      load_checkpoint, make_loader, make_plan, measuring, micro_batches, number,
-                      pair, parameter_groups, parse_config, resume, run, save_checkpoint, save_file,
-                      setup_machine, stop_early, switch, write_row)
+from pretrain import (Batches, Run, accelerate, at_work, learning_rate, load_checkpoint,
+                      make_loader, make_plan, measuring, micro_batches, number, pair,
+                      parameter_groups, parse_config, run, save_file, setup_machine, switch)
 
 
 # ------------------------------------------------------------------------------------ 1. Config
@@ -333,7 +332,6 @@ def train(cfg, machine, signals):
     plan = make_plan(cfg, machine, len(rows))
     data = dict(images=len(rows), classes=source.classes)
     model, optimizer = build(cfg, len(source.classes), machine, weights)
-    start, row, owed = resume(cfg, machine, data, model, optimizer)
     if cfg.segments:
         cut, loss_of = partial(cut_scene, cfg=cfg), segmenter_loss(machine)
         val_batches = Batches(whole_scenes(val, val_rows), machine, cfg.workers, 1, signals)
@@ -346,31 +344,14 @@ def train(cfg, machine, signals):
         crops = centre_crops(val, val_rows, cfg.test_size, cfg.test_crop)
         val_batches = Batches(crops, machine, cfg.workers, 64, signals)
         measure = partial(accuracy, model, val_batches, torch.tensor(val.labels), machine)
+    life = Run(cfg, machine, plan, data, model, optimizer, signals, lambda step: measure(),
+               cfg.eval_epochs * plan.per_epoch)
+    start = life.resume()
     wrapped = accelerate(model, machine)  # what the loop calls; model has the same weights
     parameters = [p for p in model.parameters() if p.requires_grad]
     batches = micro_batches(cfg, plan, machine.rank, range(start, plan.stop), cfg.repeats)
     loader = iter(make_loader(crop.Samples(source, rows, cfg.seed, cut), batches, cfg.workers,
                               machine))
-    eval_every = cfg.eval_epochs * plan.per_epoch
-    clock = Clock(start)
-
-    def save(row):
-        save_checkpoint(cfg, machine, data, row, model, optimizer)
-
-    def report(row):
-        """Measure and write down what is due after a step. -> the row with its score."""
-        done, score = row["step"], {}
-        if done == plan.stop or done % eval_every == 0:
-            score = measure()
-            if machine.max(len(signals)):  # it is not of all images; going on measures again
-                save(row)
-                stop_early(done, machine)
-        if is_due(done, plan, cfg.log_every, eval_every):
-            write_row(cfg, machine, plan, row | score)
-        return row | score
-
-    if owed:  # the run ended between the checkpoint of a step and its row
-        row = report(row)
     model.train()
     for step in range(start, plan.stop):
         lr = learning_rate(step, plan.total, plan.peak, plan.warmup, cfg.schedule)
@@ -378,7 +359,7 @@ def train(cfg, machine, signals):
             group["lr"] = lr * group["scale"]
         loss = 0
         for k in range(plan.accumulate):
-            images, numbers = clock.fetch(loader)
+            images, numbers = life.fetch(loader)
             draws = np.random.SeedSequence((cfg.seed, 7, step, k, machine.rank))  # stream 7
             torch.manual_seed(int(draws.generate_state(1, np.uint64)[0]))
             with machine.accumulating(wrapped, last=k == plan.accumulate - 1):
@@ -389,23 +370,14 @@ def train(cfg, machine, signals):
         optimizer.step()
         optimizer.zero_grad()
 
-        done, asked = step + 1, machine.max(len(signals))  # whether any process was asked to stop
-        if asked or is_due(done, plan, cfg.log_every, eval_every, cfg.save_every):
-            row = dict(step=done, epoch=done / plan.per_epoch, loss=machine.mean(loss), lr=lr,
-                       grad_norm=grad_norm.item(), **clock.rates(done, cfg.batch_size))
-            check_finite(row)
-            if asked or done == plan.stop or done % cfg.save_every == 0:
-                save(row)
-            if asked:
-                stop_early(done, machine)
-            row = report(row)
-            clock.restart(done)
+        life.after(step + 1, loss, lr, grad_norm)
 
-    if not machine.max("n" in row):  # it was not measured where it ends now, by another --max_steps
-        row = row | measure()
+    score = life.row
+    if not machine.max("n" in score):  # the step that it ends at was not the last one before
+        score = score | measure()
     if machine.rank == 0:
-        save_model(f"{cfg.out}/model.pt", model, cfg, source.classes, row)
-        print(f"finished after {max(start, plan.stop)} steps: {cfg.out}/model.pt", flush=True)
+        save_model(f"{cfg.out}/model.pt", model, cfg, source.classes, score)
+        print(f"finished after {score['step']} steps: {cfg.out}/model.pt", flush=True)
 
 
 # ----------------------------------------------------------------------------------- 6. weights

@@ -146,7 +146,7 @@ PRESETS = {
     "imagenette": dict(data="imagenette", out="out/imagenette", model="vit_s16", batch_size=512,
                        eval_every=90, save_every=900),
     "demo": dict(data="shapes", out="out/demo", model="vit_d8", context_size=64, exemplar_size=32,
-                 transforms="none", decoder_width=64, decoder_depth=2, freeze_patch_embed=False,
+                 transforms="none", decoder_width=64, freeze_patch_embed=False,
                  epochs=3, warmup_epochs=0.1, batch_size=16, lr=4e-3, lr_batch=16, tau=0.9,
                  workers=0, log_every=50, eval_every=250, save_every=250),
 }
@@ -400,9 +400,16 @@ def train(cfg, machine, signals):
         plan = plan._replace(stop=BENCH_WARMUP + cfg.bench)
     held_out = HeldOut(*validation, cfg, machine)
     cim, optimizer = build(cfg, machine)
-    start, row, owed = 0, None, False
-    if not cfg.bench:
-        start, row, owed = resume(cfg, machine, dict(images=len(indices)), cim, optimizer)
+
+    def measure(done):
+        if machine.rank == 0:
+            held_out.paint(cim, f"{cfg.out}/maps.png")
+            held_out.paint(cim, f"{cfg.out}/maps/{done:07d}.png", count=1)
+        return held_out.evaluate(cim)
+
+    life = Run(cfg, machine, plan, dict(images=len(indices)), cim, optimizer, signals, measure,
+               cfg.eval_every)
+    start = 0 if cfg.bench else life.resume()
     wrapped = accelerate(cim, machine)  # what the loop calls; cim has the same weights
     make = make_pairs
     if machine.compile:
@@ -411,21 +418,6 @@ def train(cfg, machine, signals):
     loader = iter(make_loader(contexts_of(source, indices, cfg),
                               micro_batches(cfg, plan, machine.rank, range(start, plan.stop)),
                               cfg.workers, machine))
-    clock = Clock(start)
-
-    def report(row):
-        """Measure and write down what is due after a step."""
-        done, last = row["step"], row["step"] == plan.stop
-        if last or done % cfg.eval_every == 0:
-            row = row | held_out.evaluate(cim)
-            if machine.rank == 0:
-                held_out.paint(cim, f"{cfg.out}/maps.png")
-                held_out.paint(cim, f"{cfg.out}/maps/{done:07d}.png", count=1)
-        if last or done == 1 or done % cfg.log_every == 0 or "skill" in row:
-            write_row(cfg, machine, plan, row)
-
-    if owed:  # the run ended between the checkpoint of a step and its row
-        report(row)
     cim.train()
     u = uniforms(cfg, (4, start), cfg.batch_size)  # each process draws those of the whole step
     for step in range(start, plan.stop):
@@ -436,7 +428,7 @@ def train(cfg, machine, signals):
         loss = 0
         mine = u.chunk(machine.world)[machine.rank]
         for k, rows in enumerate(mine.split(plan.micro)):
-            contexts, _ = clock.fetch(loader)
+            contexts, _ = life.fetch(loader)
             context, exemplars, maps, _ = make(machine.send(contexts), machine.send(rows), cfg)
             with machine.accumulating(wrapped, last=k == plan.accumulate - 1):
                 with machine.autocast():
@@ -450,28 +442,17 @@ def train(cfg, machine, signals):
         cim.update_target(tau)
         u = uniforms(cfg, (4, step + 1), cfg.batch_size)  # the next ones, while a GPU is at work
         if cfg.bench:
-            clock.tick(machine)
-            continue
-
-        done, asked = step + 1, machine.max(len(signals))  # whether any process was asked to stop
-        if asked or is_due(done, plan, cfg.log_every, cfg.eval_every, cfg.save_every):
-            row = dict(step=done, epoch=done / plan.per_epoch, loss=machine.mean(loss), lr=lr,
-                       tau=tau, grad_norm=grad_norm.item(), **clock.rates(done, cfg.batch_size))
-            check_finite(row)
-            if asked or done == plan.stop or done % cfg.save_every == 0:
-                save_checkpoint(cfg, machine, dict(images=len(indices)), row, cim, optimizer)
-            if asked:
-                stop_early(done, machine)
-            report(row)
-            clock.restart(done)
+            life.tick()
+        else:  # log, measure, save, stop where it is time
+            life.after(step + 1, loss, lr, grad_norm, tau=tau)
 
     if cfg.bench:
-        return bench_report(cfg, machine, clock)
+        return bench_report(cfg, machine, life.ticks)
     if machine.rank == 0:
         for name, encoder in (("encoder", cim.online), ("target", cim.target)):
             save_file(f"{cfg.out}/{name}.pt", lambda f: torch.save(encoder.state_dict(), f))
         recipe = "--recipe=demo " if cfg.preset == "demo" else ""
-        print(f"finished after {max(start, plan.stop)} steps: {cfg.out}/encoder.pt, and its "
+        print(f"finished after {life.row['step']} steps: {cfg.out}/encoder.pt, and its "
               f"average, target.pt. Look at {cfg.out}/maps.png. Next:\n"
               f"python evaluate.py --bench=maps --ckpt={cfg.out}/ckpt.pt --data={cfg.data}\n"
               f"python finetune.py {recipe}--init={cfg.out}/encoder.pt --data={cfg.data}")
@@ -653,38 +634,6 @@ class Batches:
                 yield self.machine.send(batch[0]), batch[1]
 
 
-class Clock:
-    """The time since the last row, how much of it the loop has waited for images, and for --bench
-    the moment at which each step ended."""
-
-    def __init__(self, step):
-        self.ticks = []
-        self.restart(step)
-
-    def restart(self, step):
-        """Begin a new stretch of steps."""
-        self.step, self.waited, self.began = step, 0.0, time.perf_counter()
-
-    def fetch(self, loader):
-        """The loader's next batch."""
-        began = time.perf_counter()
-        batch = next(loader)
-        self.waited += time.perf_counter() - began
-        return batch
-
-    def rates(self, step, batch_size):
-        """-> images_per_s and data_wait, a fraction of the time, since the last row."""
-        seconds = time.perf_counter() - self.began
-        return dict(images_per_s=(step - self.step) * batch_size / seconds,
-                    data_wait=self.waited / seconds)
-
-    def tick(self, machine):
-        """Note the end of a step, once the device has finished it."""
-        if machine.device.type != "cpu":
-            torch.accelerator.synchronize()
-        self.ticks.append((time.perf_counter(), self.waited))
-
-
 # ------------------------------------------------------------------------ 10. checkpoint and log
 
 # Fields that may differ when a run goes on: they change where and how fast it runs, not what.
@@ -707,67 +656,131 @@ def save_text(path, text):
     save_file(path, lambda f: f.write(text.encode()))
 
 
-def identity(cfg, machine, data):
-    """What a run is a function of, in JSON's types. data: what is known of the images, a dict."""
-    fields = dataclasses.asdict(cfg) | dict(dtype=machine.dtype, data=os.path.realpath(cfg.data))
-    return json.loads(json.dumps({k: v for k, v in fields.items() if k not in FREE} | data))
-
-
-def save_checkpoint(cfg, machine, data, row, model, optimizer):
-    """Write ckpt.pt after the step of `row`: tensors and plain types only, all that going on needs.
-    """
-    if machine.rank == 0:
-        state = dict(step=row["step"], row=row, identity=identity(cfg, machine, data),
-                     config=dataclasses.asdict(cfg), model=model.state_dict(),
-                     optimizer=optimizer.state_dict())
-        save_file(f"{cfg.out}/ckpt.pt", lambda f: torch.save(state, f))
-
-
 def load_checkpoint(path):
     """A checkpoint, or None where there is no such file; no pickled code is run."""
     if os.path.exists(path):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-def resume(cfg, machine, data, model, optimizer):
-    """Put out/ckpt.pt, if there is one, into model and optimiser, and cut log.jsonl where it ends.
-    -> the number of steps done, the row of the last one, and whether log.jsonl still lacks it.
-    Raises InputError naming the fields in which the checkpoint's run is another one."""
-    saved, log, rows = load_checkpoint(f"{cfg.out}/ckpt.pt"), f"{cfg.out}/log.jsonl", []
-    if saved:
-        mine, theirs = identity(cfg, machine, data), saved["identity"]
-        differ = [f"{k} ({theirs.get(k)} there, {mine.get(k)} here)"
-                  for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
-        if differ:
-            raise InputError(f"{cfg.out}/ckpt.pt belongs to a run that differs in "
-                             f"{', '.join(differ)}: give the same flags and data to go on with it, "
-                             "or another --out")
-        model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
-    done, row = (saved["step"], saved["row"]) if saved else (0, None)
-    if machine.rank == 0:
-        with contextlib.suppress(FileNotFoundError, ValueError):  # no log; a row that was cut short
-            for line in open(log):
-                if json.loads(line)["step"] <= done:
-                    rows.append(json.loads(line))
-        save_text(log, "".join(json.dumps(row) + "\n" for row in rows))
-        save_text(f"{cfg.out}/config.json", json.dumps(dataclasses.asdict(cfg), indent=1))
-        if rows and rows[-1]["step"] == done:
-            row = rows[-1]  # with its measures
-    written = machine.max(rows[-1]["step"] if rows else 0)
-    return done, row, written < done
+class Run:
+    """What both training scripts do between their steps: go on from a checkpoint, write the next
+    one, measure, log, stop early, and keep the time.
 
+    data: what is known of the images, a dict; going on needs the same. signals: of at_work.
+    measure(step) -> a dict of measures, every `eval_every` steps and at the end."""
 
-def is_due(done, plan, *intervals):
-    """Whether something is to be done after step `done`: the first, the last, or one of many."""
-    return done in (1, plan.stop) or any(done % interval == 0 for interval in intervals)
+    def __init__(self, cfg, machine, plan, data, model, optimizer, signals, measure, eval_every):
+        self.cfg, self.machine, self.plan, self.signals = cfg, machine, plan, signals
+        self.model, self.optimizer = model, optimizer
+        self.measure, self.eval_every = measure, eval_every
+        fields = dataclasses.asdict(cfg) | dict(dtype=machine.dtype, data=os.path.realpath(cfg.data))
+        fields = {k: v for k, v in (fields | data).items() if k not in FREE}
+        self.identity = json.loads(json.dumps(fields))  # what the run is a function of
+        self.row, self.ticks, self.path = {}, [], os.path.join(cfg.out, "ckpt.pt")
+        self.restart(0)
 
+    def resume(self):
+        """Put ckpt.pt, if there is one, into model and optimiser, and cut log.jsonl where it ends;
+        the row of its step is written where it is missing. -> the number of steps done. Raises
+        InputError naming the fields in which the checkpoint's run is another one."""
+        saved, log, rows, done = load_checkpoint(self.path), f"{self.cfg.out}/log.jsonl", [], 0
+        if saved:
+            mine, theirs = self.identity, saved["identity"]
+            differ = [f"{k} ({theirs.get(k)} there, {mine.get(k)} here)"
+                      for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
+            if differ:
+                raise InputError(f"{self.path!r} belongs to a run that differs in "
+                                 f"{', '.join(differ)}: give the same flags and data to go on with "
+                                 "it, or another --out")
+            self.model.load_state_dict(saved["model"])
+            self.optimizer.load_state_dict(saved["optimizer"])
+            self.row, done = saved["row"], saved["row"]["step"]
+        if self.machine.rank == 0:
+            with contextlib.suppress(FileNotFoundError, ValueError):  # no log; a torn row
+                for line in open(log):
+                    if json.loads(line)["step"] <= done:
+                        rows.append(json.loads(line))
+            save_text(log, "".join(json.dumps(row) + "\n" for row in rows))
+            save_text(f"{self.cfg.out}/config.json", json.dumps(dataclasses.asdict(self.cfg)))
+        if self.machine.max(rows[-1]["step"] if rows else 0) < done:
+            self.report()
+        elif rows:
+            self.row = rows[-1]  # with its measures
+        self.restart(done)
+        return done
 
-def check_finite(row):
-    """Raise InputError where a row has a number that is not finite."""
-    if not all(math.isfinite(x) for x in row.values() if isinstance(x, float)):
-        raise InputError(f"step {row['step']}: the loss or its gradient is not finite. Try a lower "
-                         "--lr and another --out")
+    def restart(self, done):
+        """Begin a new stretch of steps."""
+        self.since, self.waited, self.began = done, 0.0, time.perf_counter()
+
+    def fetch(self, loader):
+        """The loader's next batch."""
+        began = time.perf_counter()
+        batch = next(loader)
+        self.waited += time.perf_counter() - began
+        return batch
+
+    def tick(self):
+        """For --bench: note the end of a step, once the device has finished it."""
+        if self.machine.device.type != "cpu":
+            torch.accelerator.synchronize()
+        self.ticks.append((time.perf_counter(), self.waited))
+
+    def after(self, done, loss, lr, grad_norm, **more):
+        """Do what is due after step `done`. The checkpoint comes first: a run that ends while it
+        measures goes on with measuring. Raises InputError where loss or gradient is not finite."""
+        machine, cfg = self.machine, self.cfg
+        asked = machine.max(len(self.signals))  # whether any process was asked to stop
+        saves = asked or done == self.plan.stop or done % cfg.save_every == 0
+        if not saves and not self.is_logged(done):
+            return
+        seconds = time.perf_counter() - self.began
+        self.row = dict(step=done, epoch=done / self.plan.per_epoch, loss=machine.mean(loss), lr=lr,
+                        grad_norm=grad_norm.item(), **more, data_wait=self.waited / seconds,
+                        images_per_s=(done - self.since) * cfg.batch_size / seconds)
+        if not math.isfinite(self.row["loss"] + self.row["grad_norm"]):
+            raise InputError(f"step {done}: the loss or its gradient is not finite. Try a lower "
+                             "--lr and another --out")
+        if saves:
+            self.save()
+        if asked:
+            self.stop_early()
+        self.report()
+        self.restart(done)
+
+    def is_measured(self, done):
+        return done == self.plan.stop or done % self.eval_every == 0
+
+    def is_logged(self, done):
+        return done == 1 or done % self.cfg.log_every == 0 or self.is_measured(done)
+
+    def report(self):
+        """Measure, and write the row of the last step. A signal that comes meanwhile may have cut
+        it short: then this is done again when the run goes on."""
+        done = self.row["step"]
+        if self.is_measured(done):
+            score = self.measure(done)
+            if self.machine.max(len(self.signals)):
+                self.save()
+                self.stop_early()
+            self.row = self.row | score
+        if self.is_logged(done):
+            write_row(self.cfg, self.machine, self.plan, self.row)
+
+    def save(self):
+        """Write ckpt.pt: tensors and plain types only, all that going on needs."""
+        if self.machine.rank == 0:
+            state = dict(step=self.row["step"], row=self.row, identity=self.identity,
+                         config=dataclasses.asdict(self.cfg), model=self.model.state_dict(),
+                         optimizer=self.optimizer.state_dict())
+            save_file(self.path, lambda f: torch.save(state, f))
+
+    def stop_early(self):
+        """End this process after a signal, when the checkpoint is written."""
+        self.machine.max(0)  # torchrun ends all when the first one leaves: wait for process 0
+        self.machine.say(f"stopped by a signal after step {self.row['step']} and saved; the same "
+                         "command goes on")
+        sys.exit(STOPPED)
 
 
 def write_row(cfg, machine, plan, row):
@@ -826,13 +839,6 @@ def lock_folder(folder):
     return f
 
 
-def stop_early(done, machine):
-    """End this process after a signal, when the checkpoint is written."""
-    machine.max(0)  # torchrun ends all when the first one leaves: wait for process 0
-    machine.say(f"stopped by a signal after step {done} and saved; the same command goes on")
-    sys.exit(STOPPED)
-
-
 # ----------------------------------------------------------------------------------- 12. --bench
 
 BENCH_WARMUP = 3  # steps before --bench starts its clock
@@ -858,7 +864,7 @@ def matmul_tflops(machine):
     return 2 * side**3 / timer.blocked_autorange(min_run_time=0.5).median / 1e12
 
 
-def bench_report(cfg, machine, clock):
+def bench_report(cfg, machine, ticks):
     """Print the JSON of --bench and write bench.json: the median step after the warm-up, and the
     most memory that tensors took on a CUDA device, or this process elsewhere."""
     if machine.rank > 0:
@@ -869,7 +875,7 @@ def bench_report(cfg, machine, clock):
         import resource  # not on Windows
         chip = f"{machine.device.type}, {torch.get_num_threads()} threads"
         memory = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on Linux
-    steps = np.diff(np.array(clock.ticks[BENCH_WARMUP - 1:]), axis=0)  # [N, 2]: step, waiting
+    steps = np.diff(np.array(ticks[BENCH_WARMUP - 1:]), axis=0)  # [N, 2]: step, waiting
     step_s = float(np.median(steps[:, 0]))
     tflops = gflop_per_image(cfg) * cfg.batch_size / step_s / 1e3 / machine.world
     report = json.dumps(dict(
