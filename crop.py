@@ -22,6 +22,7 @@ y down, both in [-1, 1] over the outer edges of the context (align_corners=False
 """
 
 import argparse
+import contextlib
 import math
 import os
 import sys
@@ -237,20 +238,18 @@ def draw_crop(rng, width, height, scale=(0.5, 1.0), ratio=(3 / 4, 4 / 3)):
     return (width - w) / 2, (height - h) / 2, w, h
 
 
-TURNS = dict(zip(range(2, 9), (  # EXIF's orientations; photos from 5 on are stored on their side
+TURNS = dict(enumerate((  # EXIF's orientations; photos from 5 on are stored on their side
     Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM, Image.TRANSPOSE,
-    Image.ROTATE_270, Image.TRANSVERSE, Image.ROTATE_90)))
+    Image.ROTATE_270, Image.TRANSVERSE, Image.ROTATE_90), start=2))
 
 
 def orientation(image):
-    """A key of TURNS, or 1: upright, which is also what damaged EXIF data are taken for."""
+    """A key of TURNS, or None: upright, which is also what damaged EXIF data are taken for."""
     if image.format == "TIFF":
         image.load()  # newer versions of Pillow turn a TIFF then, and call it upright
-    try:
-        value = image.getexif().get(0x0112)
-    except Exception:  # Pillow raises many kinds
-        value = None
-    return value if value in TURNS else 1
+    with contextlib.suppress(Exception):  # Pillow raises many kinds
+        turn = image.getexif().get(0x0112)
+        return turn if turn in TURNS else None
 
 
 def to_rgb(image):
@@ -265,14 +264,14 @@ def cut_box(image, choose, size):
     height) names, rounded to whole pixels, resized bicubically to uint8 [3, size, size].
 
     A JPEG is decoded at the smallest of 1, 1/2, 1/4, 1/8 of its size that still has `size` pixels
-    in the part (Pillow's draft), which costs little. PyTorch resizes bytes faster than Pillow does:
-    a worker gives 1.2 to 1.8 times as many crops; values differ by two of 255 levels at most."""
+    in the part (Pillow's draft). PyTorch resizes bytes faster than Pillow: a worker gives 1.2 to
+    1.8 times as many crops, whose values differ by two of 255 levels at most."""
     turn = orientation(image)
-    width, height = image.size if turn < 5 else image.size[::-1]
+    width, height = image.size[::-1] if turn and turn > 4 else image.size
     left, top, w, h = choose(width, height)
     shrink = size / min(w, h)
     image.draft("RGB", (math.ceil(image.width * shrink), math.ceil(image.height * shrink)))
-    image = to_rgb(image if turn == 1 else image.transpose(TURNS[turn]))
+    image = to_rgb(image.transpose(TURNS[turn]) if turn else image)
     fx, fy = image.width / width, image.height / height
     left, top = min(round(left * fx), image.width - 1), min(round(top * fy), image.height - 1)
     right, bottom = left + max(1, round(w * fx)), top + max(1, round(h * fy))
@@ -326,14 +325,14 @@ class Samples(torch.utils.data.Dataset):
 
     def __getitem__(self, key):
         epoch, i = key
-        for k in range(10 if self.replace else 1):
+        for k in range(10):
             j = self.indices[(i + k) % len(self)]
             sample = self.read(j, (self.seed, 3, epoch, i))  # stream 3: crops
             if sample is not None:
                 return sample, j
-        if self.replace:
-            raise InputError(f"ten images in a row cannot be read, {self.source.paths[j]!r} among "
-                             "them")
+            if not self.replace:
+                return None
+        raise InputError(f"ten images in a row cannot be read, up to {self.source.paths[j]!r}")
 
     def read(self, j, seed, again=True):
         """The crop of image j, or None, with a warning, where it cannot be read."""
@@ -347,10 +346,9 @@ class Samples(torch.utils.data.Dataset):
                 time.sleep(1)
                 return self.read(j, seed, again=False)
             if j not in self.named:
-                self.named.add(j)
-                print(f"warning: cannot read {self.source.paths[j]!r} ({error}): it is "
-                      f"{'replaced by the next one' if self.replace else 'left out'}",
-                      file=sys.stderr, flush=True)
+                print(f"warning: cannot read {self.source.paths[j]!r} ({error}): "
+                      f"{'replaced' if self.replace else 'left out'}", file=sys.stderr)
+            self.named.add(j)
 
 
 def collate(samples):
@@ -388,26 +386,23 @@ def map_iou(maps, logits):
 
 
 def contact_sheet(context, exemplars, maps, theta, logits=None, tile=TILE):
-    """A picture of normalised pairs: context with its boxes; exemplars, maps, and below these the
-    predicted maps with their IoU.
-
-    context [B, 3, m, m], exemplars [B, K, 3, n, n], maps and logits [B, K, m, m], theta
-    [B, K, 2, 3], on the CPU -> PIL image, one band for each of the B contexts. The side of a box
-    that is the top of its exemplar is drawn thick."""
+    """A picture of normalised pairs, one band for each of B contexts [B, 3, m, m] with its boxes,
+    theta [B, K, 2, 3]: exemplars [B, K, 3, n, n], their maps [B, K, m, m], and below these what
+    logits [B, K, m, m] predict, with its IoU. All on the CPU -> PIL image. The side of a box that
+    is the top of its exemplar is drawn thick."""
     (B, K), gap, step = theta.shape[:2], tile // 12, tile + tile // 12
     big = (2 if logits is None else 3) * step - gap  # the side of the context's picture
     sheet = Image.new("RGB", (2 * gap + big + K * step, gap + B * (big + 2 * gap)), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(tile // 7)
-    square = torch.tensor([[-1, -1, 1], [1, -1, 1], [1, 1, 1], [-1, 1, 1.0]])  # x, y, 1
+    square = torch.tensor([[-1, -1, 1], [1, -1, 1], [1, 1, 1], [-1, 1, 1], [-1, -1, 1.0]])
     for b, k in np.ndindex(B, K):
         picture, top = paint(context[b]), gap + b * (big + 2 * gap)
         if k == 0:
             sheet.paste(picture.resize((big, big), Image.BICUBIC), (gap, top))
         colour, x = COLOURS[k % len(COLOURS)], 2 * gap + big + k * step
-        corners = (square @ theta[b, k].T + 1) / 2 * big + torch.tensor([gap, top])
-        corners = [tuple(corner) for corner in corners.tolist()]
-        draw.line([*corners, corners[0]], colour, max(1, tile // 48))
-        draw.line(corners[:2], colour, tile // 16)
+        corners = (square @ theta[b, k].T + 1) / 2 * big + torch.tensor([gap, top])  # x, y
+        draw.line(corners.flatten().tolist(), colour, max(1, tile // 48))
+        draw.line(corners[:2].flatten().tolist(), colour, tile // 16)
         tiles = [paint(exemplars[b, k]), paint_map(maps[b, k], picture)]
         if logits is not None:
             tiles.append(paint_map(logits[b, k].float().sigmoid(), picture))
@@ -430,19 +425,17 @@ def contact_sheet(context, exemplars, maps, theta, logits=None, tile=TILE):
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # theirs, by Pillow's names
 BUILT_IN = ("shapes", "imagenette", "none")
-DOWNLOADS = "data"  # the folder that Imagenette is downloaded to
 
 
 def open_image(path):
-    """A file as a PIL image of one of FORMATS. Pillow goes by the content, not by the extension,
-    and would start another program for some other formats."""
+    """A file as a PIL image of one of FORMATS; for some others Pillow would start a program."""
     return Image.open(path, formats=FORMATS)
 
 
 def find_images(root):
-    """Paths of the image files below `root` at any depth, sorted. Links to folders are followed
-    after all else, and each real folder is visited once, so that loops end and a folder's images
-    stay where they really are. Raises InputError where a folder is missing or cannot be read."""
+    """Paths of the image files below `root`, sorted. Each real folder is visited once and links to
+    folders come last, so that loops end and images stay where they are. Raises InputError where a
+    folder is missing or cannot be read."""
     def complain(error):
         raise InputError(f"cannot look into the folder {error.filename!r}: {error.strerror}")
 
@@ -462,19 +455,16 @@ def find_images(root):
 
 class Folder:
     """Images in a folder tree; the first folder level is the class, -1 for images outside any.
-
     classes: names of the class folders to keep, in label order (None: all of them, sorted). Raises
     InputError where the folder or one of the classes has no images."""
 
     def __init__(self, root, classes=None):
         paths = find_images(root)
-        parts = [os.path.relpath(path, root).split(os.sep) for path in paths]
-        folders = [part[0] if len(part) > 1 else None for part in parts]
-        self.classes = sorted({*folders} - {None}) if classes is None else classes
+        folders = [os.path.relpath(os.path.dirname(path), root).split(os.sep)[0] for path in paths]
+        self.classes = classes or sorted({*folders} - {"."})  # "." is the root itself
         missing = sorted({*self.classes} - {*folders})
         if missing or not paths:
-            raise InputError(f"{root!r} has no images{' of the class ' if missing else ''}"
-                             f"{', '.join(missing[:5])}: looked for {' '.join(EXTENSIONS)}")
+            raise InputError(f"{root!r} has no images of {missing[:5] or 'any class'}")
         number = {name: k for k, name in enumerate(self.classes)}
         kept = [i for i, name in enumerate(folders) if classes is None or name in number]
         self.paths = [paths[i] for i in kept]
@@ -563,25 +553,24 @@ class Shapes:
 
 
 def read_classes(path):
-    """The class folders named in a file, the first word of each line (None for an empty path: all
-    of them). Raises InputError where there is no such file, or where it names a folder twice."""
-    if path and not os.path.isfile(path):
+    """The class folders named in a file, the first word of each line, each once; None for an empty
+    path: all of them. Raises InputError where there is no such file."""
+    if not path:
+        return None
+    if not os.path.isfile(path):
         raise InputError(f"there is no class list {path!r}")
-    names = path and [line.split()[0] for line in open(path, encoding="utf-8-sig") if line.strip()]
-    if len({*names}) < len(names):
-        raise InputError(f"the class list {path!r} names a folder twice")
-    return names or None
+    with open(path, encoding="utf-8-sig") as lines:
+        return list(dict.fromkeys(line.split()[0] for line in lines if line.strip())) or None
 
 
 def open_images(data, split, classes=None):
-    """The source for a split, 'train' or 'val', of `data`: one of BUILT_IN, or a folder, which is
-    read as it is where it has no folder of that name. Raises InputError where it has no images."""
+    """The source for a split, 'train' or 'val', of `data`: one of BUILT_IN (Imagenette comes into
+    data/), or a folder, which is read as it is where it has no folder of that name."""
     if data in ("shapes", "none"):
         return Shapes(split) if data == "shapes" else Noise()
     if data == "imagenette":
         from torchvision import datasets
-        folder = datasets.Imagenette(DOWNLOADS, split, size="320px", download=True)
-        return Folder(folder._image_root, classes)
+        data = datasets.Imagenette("data", split, size="320px", download=True)._image_root
     if not os.path.isdir(data):
         raise InputError(f"there is no folder {data!r}: --data takes a folder of images or one of "
                          f"{', '.join(BUILT_IN)}")
@@ -591,22 +580,19 @@ def open_images(data, split, classes=None):
 
 def train_and_val(data, seed, classes=None, held_out=None):
     """Images to train on and at most `held_out` fixed ones (None: no limit) to measure on: those of
-    val/ where there are train/ and val/, else 5% that are drawn with the seed.
-
-    Returns ((source, indices), (source, indices), a sentence that says what was chosen)."""
+    val/ where there are train/ and val/, else 5% that are drawn with the seed. -> (source, indices)
+    twice, and a sentence that says what was chosen."""
     train = open_images(data, "train", classes)
     rng = np.random.default_rng((seed, 1))  # stream 1: the split
     if data in BUILT_IN or all(os.path.isdir(os.path.join(data, x)) for x in ("train", "val")):
         val = open_images(data, "val", classes)
-        rows = rng.permutation(len(val)).tolist() if held_out else list(range(len(val)))
-        return ((train, list(range(len(train)))), (val, rows[:held_out]),
-                f"{len(train)} images of train, {len(rows[:held_out])} of val held out")
+        rows = rng.permutation(len(val)).tolist()[:held_out] if held_out else [*range(len(val))]
+        return ((train, [*range(len(train))]), (val, rows),
+                f"{len(train)} images of train, {len(rows)} of val held out")
     order = rng.permutation(len(train)).tolist()
-    count = max(2, len(train) // 20)  # 5%, but two at least and one less than all at most
-    count = min(count, held_out or count, len(train) - 1)
+    count = min(max(2, len(train) // 20), held_out or len(train), len(train) - 1)
     return ((train, sorted(order[count:])), (train, order[:count]),
-            f"{len(train) - count} images; no val/, so {count} more, drawn with the seed, are held "
-            "out")
+            f"{len(train) - count} images; no val/, so {count} more, drawn by the seed, held out")
 
 
 # ------------------------------------------------------------------------------- 7. command line

@@ -319,6 +319,7 @@ def maps(cfg, machine):
     cim = pretrain.build_model(recipe)
     cim.load_state_dict(saved["model"])
     source, rows = rows_to_score(cfg, recipe, machine)
+    rows = np.random.default_rng(recipe.seed).permutation(rows).tolist()  # for varied pictures
     held_out = pretrain.HeldOut(source, rows, recipe, machine, keep=False)
     score = held_out.evaluate(cim.to(machine.device))
     if machine.rank == 0:

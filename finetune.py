@@ -151,8 +151,7 @@ def match_labels(source, classes, where):
     number = {name: k for k, name in enumerate(classes)}
     strange = [name for name in source.classes if name not in number]
     if strange:
-        raise InputError(f"{where!r} has {len(strange)} classes that the {len(classes)} known ones "
-                         f"lack: {', '.join(strange[:5])}{' ...' if len(strange) > 5 else ''}")
+        raise InputError(f"{where!r} has {len(strange)} unknown classes, {', '.join(strange[:5])}")
     return [number[source.classes[k]] if k >= 0 else -1 for k in source.labels]
 
 
@@ -165,11 +164,10 @@ def labelled_data(cfg):
     rows, val_rows = ([i for i in r if source.labels[i] >= 0]
                       for source, r in ((train, rows), (val, val_rows)))
     if not rows or not val_rows or len(train.classes) < 2:
-        raise InputError(f"{cfg.data!r} has {len(rows)} images to train on and {len(val_rows)} to "
-                         f"validate on, of {len(train.classes)} classes: they lie in "
-                         "train/CLASS/* and val/CLASS/*")
-    return (train, rows), (val, val_rows), (f"{sentence}; {len(rows)} and {len(val_rows)} of them "
-                                            f"labelled, {len(train.classes)} classes")
+        raise InputError(f"{cfg.data!r} needs images of at least two classes in train/CLASS/* and "
+                         f"val/CLASS/*, but has {len(rows)} and {len(val_rows)}")
+    sentence += f"; {len(rows)} and {len(val_rows)} of {len(train.classes)} classes are labelled"
+    return (train, rows), (val, val_rows), sentence
 
 
 MEAN_COLOUR = [round(255 * m) for m in crop.MEAN]  # 0 once it is normalised
@@ -242,9 +240,9 @@ def classifier_loss(cfg, labels, classes, machine):
 def layer_scale(name, depth, decay):
     """decay^(depth + 1 - layer): 1 for the head, decay for the last of `depth` blocks, and so on
     down to the embedding, layer 0. A ResNet has four layers and its stem."""
-    block, stage = (re.match(rf"encoder\.{p}(\d+)\.", name) for p in ("blocks\\.", "layer"))
-    layer = (int(block[1]) + 1 if block else int(stage[1]) if stage else
-             0 if name.startswith("encoder.") else depth + 1)
+    layer = 0 if name.startswith("encoder.") else depth + 1
+    if found := re.match(r"encoder\.(blocks\.|layer)(\d+)\.", name):
+        layer = int(found[2]) + (found[1] == "blocks.")  # these count from 0
     return decay ** (depth + 1 - layer)
 
 
@@ -393,8 +391,7 @@ def read_weights(path):
     encoder.pt, ckpt.pt or model.pt, timm's ViT, torchvision's ResNet-50 or the released CIM
     weights; of two encoders the online one. Raises InputError where the file is something else."""
     if not os.path.isfile(path):
-        raise InputError(f"there is no file {path!r}: wanted is the encoder.pt that pretrain.py "
-                         "writes, another file of weights, or the word scratch")
+        raise InputError(f"there is no file of weights {path!r}; --init=scratch needs none")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the released file has one
             saved = state = torch.load(path, map_location="cpu", weights_only=True)
@@ -405,39 +402,30 @@ def read_weights(path):
             return "resnet50", state, saved
         width, patch = (state[k].shape[-1] for k in ("cls_token", "patch_embed.proj.weight"))
     except Exception as error:  # torch.load raises many kinds on files that are none
-        raise InputError(f"{path!r} holds no weights of a ViT by timm's names or a ResNet-50 by "
-                         f"torchvision's ({type(error).__name__})") from error
+        raise InputError(f"{path!r} holds no weights of a ViT or ResNet-50: {error!r}") from error
     depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
     for name, known in ENCODERS.items():
         if known == (width, depth, patch):
             return name, state, saved
-    raise InputError(f"{path!r} holds a ViT of width {width}, depth {depth} and patch {patch}; "
-                     f"known are {', '.join(ENCODERS)}")
+    raise InputError(f"{path!r} holds an unknown ViT: width {width}, depth {depth}, patch {patch}")
 
 
 def load_weights(model, state, path, head=False):
     """Put an encoder's weights into a Classifier or Segmenter, with its head where `head` is true.
     A position table of another size is resized. Raises InputError for any missing weight but the
     head's, and for any surplus one but those of other heads and of pre-training."""
-    wanted, mine = model.names(), model.state_dict()  # {name here: published name}, {name: tensor}
-    if not head:
-        wanted = {name: theirs for name, theirs in wanted.items() if name.startswith("encoder.")
-                  or name.startswith("fc_norm.") and theirs in state}
-    counters = [theirs for theirs in wanted.values() if theirs.endswith("num_batches_tracked")]
-    state = {name: torch.tensor(0) for name in counters} | state  # old files of torchvision lack it
-    missing = [theirs for theirs in wanted.values() if theirs not in state]
-    surplus = [k for k in state if k not in wanted.values() and not k.startswith(LEFT)]
-    for word, keys in (("lacks", missing), ("has the unknown", surplus)):
-        if keys:
-            raise InputError(f"{path!r} {word} {', '.join(keys[:5])}"
-                             f"{' ...' if len(keys) > 5 else ''}; nothing was loaded")
-    for name, theirs in wanted.items():
-        mine[name] = state[theirs]
-        if theirs == "pos_embed" and len(model.encoder.pos_embed[0]) != len(state[theirs][0]):
-            side = math.isqrt(len(model.encoder.pos_embed[0]))
-            grid = resize_positions(state[theirs][:, 1:], side, side)
-            mine[name] = torch.cat([state[theirs][:, :1], grid], 1)
-    model.load_state_dict(mine)
+    names = {theirs: mine for mine, theirs in model.names().items()}
+    found = {names[k]: v for k, v in state.items() if k in names
+             and (head or names[k].startswith(("encoder.", "fc_norm.")))}
+    if "encoder.pos_embed" in found:
+        table, side = found["encoder.pos_embed"], math.isqrt(len(model.encoder.pos_embed[0]))
+        grid = resize_positions(table[:, 1:], side, side)
+        found["encoder.pos_embed"] = torch.cat([table[:, :1], grid], 1)
+    missing = [k for k in model.load_state_dict(found, strict=False).missing_keys
+               if head or k.startswith("encoder.")]
+    surplus = [k for k in state if k not in names and not k.startswith(LEFT)]
+    if missing or surplus:
+        raise InputError(f"{path!r} lacks {missing[:5]} and has the unknown {surplus[:5]}")
 
 
 def choose_encoder(cfg):
@@ -451,12 +439,12 @@ def choose_encoder(cfg):
         name, weights, _ = read_weights(cfg.init)
     else:
         name = SCRATCH.get(cfg.recipe) if cfg.model == "auto" else cfg.model
-    if name is None or cfg.model not in ("auto", name):
-        raise InputError(f"{cfg.init!r} needs --model" if name is None else
-                         f"the weights are of {name}, not of {cfg.model}")
+        if name is None:
+            raise InputError(f"{cfg.init!r} needs --model")
+    if cfg.model not in ("auto", name):
+        raise InputError(f"the weights are of {name}, not of {cfg.model}")
     if name == "resnet50" and (cfg.drop_path or cfg.segments):
-        raise InputError("resnet50 has no stochastic depth and no segmenter: the recipes "
-                         "resnet50_100, resnet50_300 and linear are for it")
+        raise InputError("--recipe: resnet50_100, resnet50_300 and linear are for resnet50")
     patch = ENCODERS[name][2] if ENCODERS[name] else 1
     if cfg.image_size % patch or cfg.test_size % patch:
         raise InputError(f"--image_size and --test_size are multiples of {patch} for {name}")
@@ -468,11 +456,9 @@ def choose_encoder(cfg):
 class Scenes:
     """ADE20K's layout: images/SPLIT/NAME.* with annotations/SPLIT/NAME.*, masks of one channel of 8
     bits whose values are 0 where nothing counts and 1 to `labels` for the classes. A source;
-    open(i) gives (image, mask).
-
-    Both are read as they are stored, since masks are drawn on that: no EXIF orientation. Raises
-    InputError where images and masks do not go together; in open, naming the mask, where it has
-    another size than its image, other channels or a larger label."""
+    open(i) gives (image, mask), both as they are stored, since masks are drawn on that: no EXIF
+    orientation. Raises InputError where images and masks do not go together, in names or in size,
+    and for a larger label."""
 
     def __init__(self, root, split, labels):
         self.paths, self.masks = (crop.find_images(os.path.join(root, kind, split))
@@ -481,9 +467,8 @@ class Scenes:
         names = [[os.path.splitext(os.path.relpath(path, root).split(os.sep, 1)[1])[0]
                   for path in paths] for paths in (self.paths, self.masks)]
         if names[0] != names[1] or not self.paths:
-            odd = sorted({*names[0]} ^ {*names[1]})
             raise InputError(f"{root!r} needs images/{split}/NAME.jpg and annotations/{split}/"
-                             f"NAME.png for each name; {len(odd)} are alone: {', '.join(odd[:3])}")
+                             f"NAME.png, unlike {sorted({*names[0]} ^ {*names[1]})[:3]}")
 
     __len__ = crop.Folder.__len__
 
@@ -493,8 +478,7 @@ class Scenes:
             if mask.size != image.size or mask.mode not in "LP" or mask.format == "JPEG" or (
                     mask.getextrema()[1] > len(self.classes)):
                 raise InputError(f"the mask {self.masks[i]!r} should be no JPEG, as large as its "
-                                 "image, of one channel with 0, which is ignored, and 1 to "
-                                 f"{len(self.classes)} (--labels)")
+                                 f"image, one channel of 0 to {len(self.classes)} (--labels)")
             yield image, mask
 
 
@@ -594,11 +578,10 @@ def sliding_window(model, x, size):
     x = F.pad(x, (0, max(0, size - w), 0, max(0, size - h)))
     ys, xs = ([min(i * stride, n - size) for i in range(1 + math.ceil((n - size) / stride))]
               for n in x.shape[2:])
-    windows = [(slice(None), slice(None), slice(a, a + size), slice(b, b + size))
-               for a in ys for b in xs]
+    windows = [(..., slice(a, a + size), slice(b, b + size)) for a in ys for b in xs]
     parts = model(torch.cat([x[window] for window in windows])).chunk(len(windows))
     total = x.new_zeros(len(x), parts[0].shape[1], *x.shape[2:])
-    count = x.new_zeros(1, 1, *x.shape[2:])
+    count = torch.zeros_like(total[:, :1])
     for window, part in zip(windows, parts):
         total[window] += part
         count[window] += 1

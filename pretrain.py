@@ -31,6 +31,7 @@ import functools
 import inspect
 import json
 import math
+import multiprocessing
 import os
 import re
 import signal
@@ -488,6 +489,10 @@ def run(main):
         reason = str(error).split("InputError: ")[-1].strip()  # without a worker's traceback
         print(f"{os.path.basename(sys.argv[0])}: {reason}", file=sys.stderr, flush=True)
         sys.exit(1)
+    finally:
+        for worker in multiprocessing.active_children():  # they ignore SIGTERM
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader would complain
+            worker.kill()
 
 
 # -------------------------------------------------------------------------------- 8. the machine
@@ -531,7 +536,7 @@ class Machine:
         """The largest of an integer over the processes, which wait here for each other."""
         if self.world == 1:
             return number
-        number = torch.tensor(number)  # on the CPU, so that no GPU is waited for
+        number = torch.tensor(int(number))  # on the CPU, so that no GPU is waited for
         dist.all_reduce(number, dist.ReduceOp.MAX)
         return int(number)
 
@@ -673,8 +678,9 @@ class Run:
         self.cfg, self.machine, self.plan, self.signals = cfg, machine, plan, signals
         self.model, self.optimizer = model, optimizer
         self.measure, self.eval_every = measure, eval_every
-        fields = dataclasses.asdict(cfg) | dict(dtype=machine.dtype, data=os.path.realpath(cfg.data))
-        fields = {k: v for k, v in (fields | data).items() if k not in FREE}
+        fields = dict(dataclasses.asdict(cfg), dtype=machine.dtype, **data)
+        fields["data"] = os.path.realpath(cfg.data)  # however it is spelled
+        fields = {name: value for name, value in fields.items() if name not in FREE}
         self.identity = json.loads(json.dumps(fields))  # what the run is a function of
         self.row, self.ticks, self.path = {}, [], os.path.join(cfg.out, "ckpt.pt")
         self.restart(0)

@@ -9,11 +9,12 @@ one that takes long.
 """
 
 import argparse
-import contextlib
 import dataclasses
+import errno
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -21,7 +22,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 import zlib
 from fractions import Fraction
 from functools import partial, partialmethod
@@ -47,7 +47,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 README = open(os.path.join(HERE, "README.md")).read()
 CPU = pretrain.Machine(torch.device("cpu"), 0, 1, "float32", False)
 PLAIN = ["--device=cpu", "--dtype=float32", "--workers=0"]
-TINY = ["--preset=demo", *PLAIN, "--batch_size=8", "--log_every=1", "--eval_every=0"]
+TINY = ["--preset=demo", *PLAIN, "--batch_size=8", "--log_every=1", "--eval_every=1000"]
 
 
 def rand(*shape, seed=0, dtype=torch.float64):
@@ -140,7 +140,8 @@ def recipe(name, *flags):
 def process(rank, world):
     """The Machine of one of several processes, each of which runs here alone: nothing is summed."""
     machine = dataclasses.replace(CPU, rank=rank, world=world)
-    machine.sum = machine.share_buffers = machine.max = lambda *values: None
+    machine.sum = machine.share_buffers = lambda *values: None
+    machine.max = lambda number: number
     return machine
 
 
@@ -150,7 +151,7 @@ def save_classifier(path, classes, name="vit_d8", seed=0):
     net = model.Classifier(name, len(classes)).eval()
     nn.init.normal_(net.head.weight)
     cfg = recipe("demo", f"--model={name}", "--test_size=32")
-    finetune.save_model(str(path), net, cfg, classes, top1=50.0)
+    finetune.save_model(str(path), net, cfg, classes, dict(top1=50.0))
     return net
 
 
@@ -243,7 +244,7 @@ def test_a_lower_area_that_cannot_fit_is_refused(ratio, rotation, largest):
     more. A range of areas that starts above it is an error."""
     assert crop.largest_area(ratio, rotation) == pytest.approx(largest)
     uniform_boxes(scale=(largest - 1e-6, 1), ratio=ratio, rotation=rotation)
-    with pytest.raises(InputError, match="area up to" if largest < 1 else "high <= 1"):
+    with pytest.raises(InputError, match="at most"):
         uniform_boxes(scale=(largest + 1e-3, 1), ratio=ratio, rotation=rotation)
 
 
@@ -362,28 +363,30 @@ def test_shapes_are_a_function_of_the_index_and_splits_are_disjoint():
 
 
 def test_a_folder_is_read_at_any_depth_through_links_that_may_loop(tmp_path):
-    """Extensions count in any case; classes are the first level. Links are followed, loops end, and
-    two links to one folder list its images once. A class list names a folder by the whole line or
-    its first word, each folder once. A pipe is not listed: it would never answer. A file is opened
-    as one of the listed formats or not at all, whatever its name."""
+    """Extensions count in any case, names that begin with a dot do not; classes are the first
+    level. Links are followed, loops end, and two links to one folder list its images once. A class
+    list names each folder once, by the first word of a line. A file is opened as one of the listed
+    formats or not at all, whatever its name."""
     root, elsewhere, eps = tmp_path / "root", tmp_path / "elsewhere", tmp_path / "eps.jpg"
     save_images(root / "b" / "deep" / "er", 2, ext=".JPG")
     save_images(root / "a", 1, ext=".png")
+    save_images(root / ".hidden", 1)
     save_images(elsewhere, 1)
     for link, end in dict(c=elsewhere, d=elsewhere, self=root / "self").items():
         (root / link).symlink_to(end)
     (root / "b" / "loop").symlink_to(root)
     (root / "a" / "b").symlink_to(root / "b")  # its images stay in class b
-    (root / "a" / "notes.txt").write_text("no image")
-    os.mkfifo(root / "a" / "x.jpg")
-    images, some = crop.Folder(str(root)), crop.Folder(str(root), ["c", "a x, y"])
-    assert images.paths == ["a/000.png", "b/deep/er/000.JPG", "b/deep/er/001.JPG", "c/000.jpg"]
+    for name in "notes.txt", "._000.png":
+        (root / "a" / name).write_text("no image")
+    (tmp_path / "list").write_text("\ufeffc one, two\n\na\nc\n", encoding="utf-8")
+    images = crop.Folder(str(root))
+    some = crop.Folder(str(root), crop.read_classes(tmp_path / "list"))
+    paths = ["a/000.png", "b/deep/er/000.JPG", "b/deep/er/001.JPG", "c/000.jpg"]
+    assert images.paths == [str(root / path) for path in paths]
     assert images.classes == ["a", "b", "c"] and images.labels == [0, 1, 1, 2]
-    assert some.paths == ["a/000.png", "c/000.jpg"] and some.labels == [1, 0]
-    (root / "a").rename(root / "a x")
-    assert crop.Folder(str(root), ["c", "a x"]).paths == ["a x/000.png", "c/000.jpg"]
-    with pytest.raises(InputError, match="a folder of .* twice"):
-        crop.Folder(str(root), ["c one", "c two"])
+    assert some.paths == [images.paths[0], images.paths[3]] and some.labels == [1, 0]
+    with pytest.raises(InputError, match="x"):
+        crop.Folder(str(root), ["x"])
     Image.new("RGB", (9, 9)).save(eps, "EPS")  # Pillow would start Ghostscript to load it
     with pytest.raises(OSError):
         crop.open_image(eps)
@@ -395,55 +398,58 @@ def test_what_is_held_out_is_never_trained_on(tmp_path, layout):
     for part in layout.split("+"):
         save_images(tmp_path / part, 5 if part == "val" else 60)
     (train, rows), (val, held), _ = crop.train_and_val(str(tmp_path), seed=1)
-    names, out = {train.name(i) for i in rows}, {val.name(i) for i in held}
+    names, out = {train.paths[i] for i in rows}, {val.paths[i] for i in held}
     assert not names & out and crop.train_and_val(str(tmp_path), seed=1)[1][1] == held
     assert (len(names), len(out)) == ((60, 5) if layout == "train+val" else (57, 3))
 
 
-@pytest.mark.parametrize("mode, colour, shown", [
-    ("RGB", (200, 100, 50), None), ("L", 128, None), ("LA", (128, 255), None), ("P", 7, None),
-    ("1", 1, None), ("CMYK", (0, 128, 200, 30), None), ("RGBA", (9, 9, 9, 0), 255),
-    ("I;16", 128 * 257, 128), ("I", 128 * 257, 128), ("I;16", 500, 255)])
-def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, colour, shown):
-    """A file of any kind and format gives the colour that Pillow shows, a 16-bit file the gray that
-    it means, and what is transparent is white. One pixel is high enough."""
-    path = tmp_path / {"CMYK": "x.jpg", "I": "x.ppm", "RGB": "x.webp", "L": "x.ppm", "P": "x.gif",
-                       "1": "x.bmp"}.get(mode, "x.png")
+@pytest.mark.parametrize("mode, colour, ext, shown", [
+    ("RGB", (200, 100, 50), "webp", None), ("L", 128, "ppm", None), ("LA", (128, 255), "png", None),
+    ("P", 7, "gif", None), ("1", 1, "bmp", None), ("CMYK", (0, 128, 200, 30), "jpg", None),
+    ("RGBA", (9, 99, 9, 0), "png", None), ("I;16", 128 * 257, "png", 128),
+    ("I", 128 * 257, "ppm", 128)])
+def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, colour, ext, shown):
+    """A file of any kind and format gives the colour that Pillow shows, and one of 16 bits the gray
+    that it means. One pixel is high enough."""
+    path = tmp_path / f"x.{ext}"
     for size in [(40, 30), (500, 1), (1, 300), (1, 1)]:
-        Image.new(mode, size, colour).save(path, lossless=True,  # WebP
-                                           **dict(transparency=500) if colour == 500 else {})
+        Image.new(mode, size, colour).save(path, lossless=True)  # WebP
         expected = torch.tensor(shown or Image.open(path).convert("RGB").getpixel((0, 0)))
         got = crop.cut_context(crop.open_image(path), np.random.default_rng(0), 16)
         assert (got.int() - expected.view(-1, 1, 1)).abs().max() <= 2
 
 
-def test_what_a_picture_does_not_say_is_not_guessed(tmp_path):
-    """Pixels of 32 bits, whose white is not known, are refused; an orientation that is text, or
-    beyond 8, is none."""
-    for mode in "I", "F":
-        Image.new(mode, (4, 4), 1).save(tmp_path / "x.tif")
-        with pytest.raises(ValueError, match="32 bits"):
-            crop.cut_centre(crop.open_image(tmp_path / "x.tif"), None, 4)
-    picture = crop.to_image((rand(3, 4, 6) * 255).byte())
-    number, text = (b"\x03\0\x01\0\0\0\x09\0\0\0", b"\x02\0\x02\0\0\0" b"6\0\0\0")
-    for value in number, text:  # of a table with one entry, the orientation
-        exif = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01" + value + bytes(4)
-        picture.save(tmp_path / "x.png", exif=exif)
-        image = crop.open_image(tmp_path / "x.png")
-        assert image.getexif()[0x0112] in (9, "6")
-        assert torch.equal(crop.cut_centre(image, None, 4, 1), crop.cut_centre(picture, None, 4, 1))
+@pytest.mark.parametrize("ext, tolerance", [("jpg", 6), ("png", 0), ("webp", 0), ("tif", 0)])
+def test_a_photo_that_is_stored_turned_is_cut_like_the_upright_one(ext, tolerance, tmp_path):
+    """Each of EXIF's eight orientations, in each format that has them. One that is damaged, no
+    number or beyond 8 is none."""
+    picture = crop.to_image((rand(3, 6, 8) * 255).byte()).resize((80, 60), Image.BICUBIC)
+    stored = [None, Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM,
+              Image.TRANSPOSE, Image.ROTATE_90, Image.TRANSVERSE, Image.ROTATE_270]
+    entry = b"Exif\0\0II*\0\x08\0\0\0\x01\0\x12\x01"  # a table with the orientation alone
+    cases = [(entry + b"\x03\0\x01\0\0\0%c\0\0\0" % k, turn) for k, turn in enumerate(stored, 1)]
+    cases += [(entry + b"\x03\0\x01\0\0\0\x09\0\0\0", None), (b"Exif\0\0damaged", None),
+              (entry + b"\x02\0\x02\0\0\0" b"6\0\0\0", None)]
+    for seed, (exif, turn) in enumerate(cases):
+        image = picture if turn is None else picture.transpose(turn)
+        if ext == "tif" and seed < 8:  # Pillow writes tags there, and takes no bytes
+            exif = Image.Exif()
+            exif[0x0112] = seed + 1
+        elif ext == "tif":
+            continue
+        image.save(tmp_path / f"x.{ext}", exif=exif, quality=100, subsampling=0, lossless=True)
+        got, expected = (crop.cut_context(x, np.random.default_rng(seed), 32).int()
+                         for x in (crop.open_image(tmp_path / f"x.{ext}"), picture))
+        assert (got - expected).abs().max() <= tolerance, seed
 
 
-def test_a_context_is_the_random_resized_crop_of_the_upright_photo(tmp_path):
-    """cut_context equals torchvision's resized_crop of draw_crop's box in the photo as its EXIF
-    orientation shows it, and Pillow's to a level or two. The box covers half of the photo or more,
-    or is its middle. A large JPEG decoded at a fraction of its size (draft) shows the same."""
+def test_a_context_is_the_random_resized_crop_of_the_photo(tmp_path):
+    """cut_context equals torchvision's resized_crop of draw_crop's box, and Pillow's to a level or
+    two. The box covers half of the photo or more, or is its middle. A large JPEG decoded at a
+    fraction of its size (draft) shows the same."""
     picture = crop.to_image((rand(3, 6, 8) * 255).byte()).resize((80, 60))
-    exif = Image.Exif()
-    exif[0x0112] = 6  # stored lying on its side
-    picture.transpose(Image.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
     for seed in range(4):
-        got = crop.cut_context(Image.open(tmp_path / "turned.png"), np.random.default_rng(seed), 32)
+        got = crop.cut_context(picture, np.random.default_rng(seed), 32)
         rng = np.random.default_rng(seed)
         left, top, w, h = map(round, crop.draw_crop(rng, 80, 60))
         got = got.flip(-1) if rng.random() < 0.5 else got
@@ -712,7 +718,8 @@ def test_every_row_of_the_ablations_trains(name):
     contexts = first_images(crop.Shapes("train"), 4, cfg.context_size)
     pairs = pretrain.make_pairs(contexts, pretrain.uniforms(cfg, (4, 0), 4), cfg)[:3]
     cim, optimizer = pretrain.build(cfg, CPU)
-    pretrain.set_learning_rate(optimizer, 1e-4)
+    for group in optimizer.param_groups:
+        group["lr"] = 1e-4
     assert type(cim.decoder) is {"cim": model.CorrelationDecoder, **model.TRACKERS}[cfg.decoder]
     if cfg.decoder == "cim":  # it is what the flags say
         layers = cim.decoder.layers
@@ -758,13 +765,15 @@ def test_bootstrap_says_which_network_sees_what(bootstrap, f_z, f_c):
 
 
 def test_the_losses_of_table_3_equal_the_formulas():
-    """Cross-entropy, HED's balanced cross-entropy, squared error; focal loss is torchvision's."""
+    """Cross-entropy, HED's balanced cross-entropy, squared error, and focal loss with gamma 2 and
+    alpha 0.25."""
     x, y = 4 * rand(2, 3, 5, 5) - 2, (rand(2, 3, 5, 5, seed=1) > 0.7).double()
     y[0, 0] = 0
     p, inside = 1 / (1 + (-x).exp()), y.sum((2, 3), keepdim=True) / 25
-    log_p = (y * p + (1 - y) * (1 - p)).log()
-    formulas = {"ce": -log_p, "balanced": -(y * (1 - inside) + (1 - y) * inside) * log_p,
-                "mse": (p - y) ** 2, "focal": torchvision.ops.sigmoid_focal_loss(x, y)}
+    right = y * p + (1 - y) * (1 - p)  # the probability of what is true
+    formulas = {"ce": -right.log(), "mse": (p - y) ** 2,
+                "balanced": -(y * (1 - inside) + (1 - y) * inside) * right.log(),
+                "focal": -(0.25 * y + 0.75 * (1 - y)) * (1 - right) ** 2 * right.log()}
     for name, loss in model.LOSSES.items():
         torch.testing.assert_close(loss(x, y), formulas[name].mean())
 
@@ -818,24 +827,30 @@ def test_siamfc_and_siamrpn_correlate_features():
 
 
 def test_transt_attends_as_written():
-    """TransT: four layers, then a last one. Positions are in queries and keys, not in values."""
+    """TransT: four layers, then a last one. Each norm comes first; self-attention, cross-attention
+    and an MLP, head by head; positions are added once, to both sides."""
     head, h_c, h_z = model.TransT(64, 3).double(), rand(2, 9, 64), rand(2, 2, 1 + 4, 64)
     for p in head.parameters():
         nn.init.normal_(p, std=0.3)
     p_c, p_z = head.positions, model.resize_positions(head.positions[None], 2, 2)[0]
     assert len(head.layers) == 4
 
-    def attend(part, x, p_x, y, p_y, then_mlp):
-        q, k = part.norm(x), part.norm(y)
-        x = x + part.attention(q + p_x, k + p_y, k)[0]
-        return x + part.mlp(part.norm2(x)) if then_mlp else x
+    def attend(part, q, k):  # two heads of 32 channels
+        weights, biases = part.in_proj_weight.chunk(3), part.in_proj_bias.chunk(3)
+        qkv = [F.linear(x, w, b).split(32, 1) for x, w, b in zip((q, k, k), weights, biases)]
+        heads = [(q @ k.T / math.sqrt(32)).softmax(1) @ v for q, k, v in zip(*qkv)]
+        return part.out_proj(torch.cat(heads, 1))
+
+    def layer(part, x, y):
+        x = x + attend(part.self_attn, part.norm1(x), part.norm1(x))
+        x = x + attend(part.multihead_attn, part.norm2(x), y)
+        return x + part.linear2(F.gelu(part.linear1(part.norm3(x))))
 
     for b, k in np.ndindex(2, 2):
-        c, z = head.project(h_c[b]), head.project(h_z[b, k, 1:])
-        for self_z, self_c, cross_z, cross_c in head.layers:
-            z, c = attend(self_z, z, p_z, z, p_z, False), attend(self_c, c, p_c, c, p_c, False)
-            z, c = attend(cross_z, z, p_z, c, p_c, True), attend(cross_c, c, p_c, z, p_z, True)
-        c = head.norm(attend(head.last, c, p_c, z, p_z, True))
+        c, z = head.project(h_c[b]) + p_c, head.project(h_z[b, k, 1:]) + p_z
+        for layer_z, layer_c in head.layers:
+            z, c = layer(layer_z, z, c), layer(layer_c, c, z)
+        c = head.norm(layer(head.last, c, z))
         expected = torch.cat([head.map(c), head.box(c).sigmoid()], 1).T.view(5, 3, 3)
         torch.testing.assert_close(head.respond(h_c, h_z)[b, k], expected)
 
@@ -868,14 +883,6 @@ def test_a_trackers_loss_is_that_of_map_and_box(name, weight):
     torch.testing.assert_close(cim.decoder(h_c, h_z, 32), logits)
 
 
-@pytest.mark.parametrize("wrong", [dict(bootstrap="Shared"), dict(correlation="conv"),
-                                   dict(predictor="mlp"), dict(loss="bce")])
-def test_a_misspelt_ablation_is_named(wrong):
-    """CIM used from Python: a word that is no choice is a ValueError that lists the choices."""
-    with pytest.raises(ValueError, match="is none of "):
-        model.CIM("vit_d8", 64, 64, **wrong)
-
-
 # --------------------------------------------------------------------------------- 5. training
 
 @pytest.fixture(scope="module")
@@ -889,8 +896,9 @@ def four(tmp_path_factory):
     return flags, root / "out"
 
 
-def test_the_defaults_are_table_9():
-    """Config() is the paper's pre-training recipe, value by value."""
+def test_the_recipes_are_tables_9_10_and_11():
+    """The defaults are pre-training's Table 9, value by value; vit_b and vit_s are Table 10,
+    resnet50_100 and resnet50_300 the columns of Table 11."""
     expected = dict(epochs=300, lr=2.4e-3, batch_size=4096, lr_batch=4096, weight_decay=0.05,
                     beta1=0.9, beta2=0.95, warmup_epochs=40, clip=1.0, context_size=160,
                     exemplar_size=64, exemplars=6, model="vit_b16", decoder_width=512,
@@ -898,6 +906,17 @@ def test_the_defaults_are_table_9():
                     transforms="exemplar", tau=0.99, bootstrap="online_exemplar", decoder="cim",
                     correlation="cross_attention", predictor="linear", loss="ce")
     assert expected.items() <= vars(config()).items() and config() == pretrain.Config()
+    vit = dict(lr=9.6e-3, batch_size=2048, lr_batch=2048, layer_decay=0.8, weight_decay=0.05,
+               beta1=0.9, beta2=0.999, warmup_epochs=5, loss="ce", clip=0, drop_path=0.1, mixup=0.8,
+               cutmix=1.0, smoothing=0.1, randaugment=9, randaugment_std=0.5, randaugment_p=0.5,
+               image_size=224, test_size=224, optimizer="adamw", repeats=1, erasing=0)
+    cnn = vit | dict(lr=12e-3, layer_decay=1, weight_decay=0.02, loss="bce", drop_path=0,
+                     mixup=0.1, test_crop=0.95)
+    columns = {"vit_b": vit | dict(epochs=100), "vit_s": vit | dict(epochs=200),
+               "resnet50_100": cnn | dict(epochs=100, randaugment=6, image_size=160),
+               "resnet50_300": cnn | dict(epochs=300, randaugment=7, smoothing=0, repeats=3)}
+    for name, expected in columns.items():
+        assert expected.items() <= vars(recipe(name)).items(), name
 
 
 def test_learning_rate_and_tau_at_their_hinges():
@@ -919,7 +938,7 @@ def test_four_steps_equal_the_recipe_written_out(tmp_path, four):
                  freeze_patch_embed=True)
     demo(tmp_path, *four[0], *(f"--{k}={v}" for k, v in flags.items()))
     torch.manual_seed(0)
-    cim = model.CIM("vit_d8", 64, 64, 2, freeze_patch_embed=True)
+    cim = model.CIM("vit_d8", 64, 64, freeze_patch_embed=True)
     learned = [p for p in cim.parameters() if p.requires_grad]
     groups = [dict(params=[p for p in learned if p.ndim == 2], weight_decay=0.3),
               dict(params=[p for p in learned if p.ndim != 2], weight_decay=0)]  # cls token: 3
@@ -950,28 +969,31 @@ def test_two_processes_equal_one(tmp_path, four):
     torchrun("pretrain.py", *TINY, *four[0], "--micro_batch=2", f"--out={tmp_path}")
     for a, b in zip(*map(read_log, (four[1], tmp_path)), strict=True):
         assert (a["step"], a["loss"]) == pytest.approx((b["step"], b["loss"]), rel=1e-4)
-        for key in ("grad_norm", *(pretrain.HeldOut.MEASURES if a["step"] % 2 == 0 else ())):
+        assert a.keys() == b.keys() and ("iou" in a) == (a["step"] % 2 == 0)
+        for key in a.keys() - {"images_per_s", "data_wait"}:
             assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
     torch.testing.assert_close(encoder_of(four[1]), encoder_of(tmp_path), atol=1e-5, rtol=1e-3)
 
 
 def test_four_steps_equal_two_and_resumed_two_bit_for_bit(tmp_path, four):
-    """A resumed run is the uninterrupted run, weights, log and all. The same command once more
-    writes encoder.pt anew and changes nothing else."""
+    """A resumed run is the uninterrupted run, weights, log and all, whatever rows a crash left. The
+    same command once more writes encoder.pt and target.pt anew and changes nothing else."""
     demo(tmp_path, *four[0], "--max_steps=2")
     with open(tmp_path / "log.jsonl", "a") as f:
         f.write('{"step": 3, "lost": "in a crash"}\n\0\0}\n{"step": 4, "tor')
-    parts = demo(tmp_path, *four[0], "--micro_batch=8", "--workers=1")
-    for a, b in zip(read_log(four[1]), parts, strict=True):
-        same = a.keys() - {"images_per_s", "data_wait"}
-        assert a.keys() == b.keys() and {k: a[k] for k in same} == {k: b[k] for k in same}
-    a, b = (torch.load(out / "ckpt.pt", weights_only=True) for out in (four[1], tmp_path))
-    for part in ("step", "model", "optimizer"):
-        torch.testing.assert_close(a[part], b[part], atol=0, rtol=0)
-    before = {f: f.read_bytes() for f in tmp_path.rglob("*.*")}
-    (tmp_path / "encoder.pt").unlink()
-    demo(tmp_path, *four[0], "--micro_batch=8", "--workers=1")
-    assert before == {f: f.read_bytes() for f in tmp_path.rglob("*.*")} and len(before) == 8
+    for _ in range(2):
+        parts = demo(tmp_path, *four[0], "--micro_batch=8", "--workers=1")
+        for a, b in zip(read_log(four[1]), parts, strict=True):
+            same = a.keys() - {"images_per_s", "data_wait"}
+            assert a.keys() == b.keys() and {k: a[k] for k in same} == {k: b[k] for k in same}
+        a, b = (torch.load(out / "ckpt.pt", weights_only=True) for out in (four[1], tmp_path))
+        for part in ("step", "model", "optimizer"):
+            torch.testing.assert_close(a[part], b[part], atol=0, rtol=0)
+        for name in ("encoder", "target"):
+            got = torch.load(tmp_path / f"{name}.pt", weights_only=True)
+            side = "online" if name == "encoder" else "target"
+            assert all(torch.equal(v, a["model"][f"{side}.{k}"]) for k, v in got.items())
+            (tmp_path / f"{name}.pt").unlink()
 
 
 def test_bfloat16_stays_close_to_float32(tmp_path, four):
@@ -1019,25 +1041,8 @@ def test_presets_are_values_only_and_every_field_is_read(script, presets):
     for preset, values in presets.items():
         assert values.items() <= vars(config(f"--{first}={preset}", script=script)).items()
     text = "".join(open(module.__file__).read() for module in (script, finetune, pretrain))
-    assert vars(config(script=script)).keys() - {"preset"} <= set(re.findall(r"\bcfg\.(\w+)", text))
-
-
-def test_an_error_of_all_processes_is_told_once(tmp_path):
-    """An error that all share is told by process 0, without a traceback from our code on others."""
-    (tmp_path / "file").write_text("in the way")
-    result = command("-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                     "pretrain.py", *TINY, f"--out={tmp_path / 'file'}")
-    assert result.returncode and result.stderr.count("cannot write") == 1, result.stderr
-    assert "pretrain.py\", line" not in result.stderr
-
-
-def test_a_bench_leaves_the_files_of_a_run_alone(tmp_path, four):
-    """--bench adds bench.json to a run's folder and changes no file there."""
-    out = shutil.copytree(four[1], tmp_path / "out")
-    before = {f: f.read_bytes() for f in out.rglob("*.*")}
-    pretrain.main([*TINY, four[0][0], f"--out={out}", "--bench=1", "--exemplars=1"])
-    (out / "bench.json").unlink()
-    assert before == {f: f.read_bytes() for f in out.rglob("*.*")}
+    read = {"preset", "compile", *re.findall(r"\bcfg\.(\w+)", text)}  # compile: by getattr
+    assert vars(config(script=script)).keys() <= read
 
 
 # ---------------------------------------------------------------------------------- 6. honesty
@@ -1068,7 +1073,7 @@ class Oracle(nn.Module):
 
     def __init__(self, answer):
         super().__init__()
-        self.online, self.answer = types.SimpleNamespace(prefix=0), answer
+        self.answer = answer
 
     def encode(self, context, exemplars):
         return None, exemplars.mean((3, 4))[:, :, None]
@@ -1083,7 +1088,8 @@ def test_skill_is_zero_without_the_exemplar_and_one_with_the_answer():
     knows each exemplar's map has 1, and less than 0 when exemplars are swapped between images. The
     baseline is near the entropy of the mean map of many more boxes, about 0.42 nats."""
     held = pretrain.HeldOut(crop.Shapes("val"), list(range(30)), config(*TINY), CPU)
-    _, exemplars, maps, _ = pretrain.make_pairs(held.contexts, held.u, held.cfg)
+    contexts = torch.cat([x for x, _ in held.images])
+    _, exemplars, maps, _ = pretrain.make_pairs(contexts, held.u, held.cfg)
     colours = exemplars.mean((3, 4)).flatten(0, 1)
     assert len(colours.unique(dim=0)) == 30 * 6
 
@@ -1095,7 +1101,7 @@ def test_skill_is_zero_without_the_exemplar_and_one_with_the_answer():
         lambda h_z: held.mean_map, lambda h_z: torch.tensor(0.5), know))
     assert mean["skill"] == pytest.approx(0, abs=1e-4) and mean["skill_swapped"] == mean["skill"]
     assert half["heldout_loss"] == pytest.approx(math.log(2)) and half["skill"] < -0.5
-    assert known["skill"] > 0.999 and known["skill_swapped"] < 0
+    assert known["skill"] > 0.999 and known["skill_swapped"] < 0 and known["iou"] == 100
     theta = crop.affine_from_boxes(crop.sample_boxes(rand(20000, 6, seed=5).float()))
     p = torch.stack([crop.rasterize_maps(part, 64).mean(0) for part in theta.split(500)]).mean(0)
     entropy = -(torch.special.xlogy(p, p) + torch.special.xlogy(1 - p, 1 - p)).mean().item()
@@ -1103,35 +1109,36 @@ def test_skill_is_zero_without_the_exemplar_and_one_with_the_answer():
     assert mean["baseline"] == pytest.approx(entropy, rel=0.06)  # of 180 maps only
 
 
-@pytest.mark.parametrize("d", [1, 2, 3])
-def test_rank_counts_the_directions_that_features_use(d):
-    """Features spread alike over d orthogonal directions have rank d, on a line or alike rank 1."""
-    held = pretrain.HeldOut(crop.Shapes("val"), list(range(30)), config(*TINY), CPU)
-    oracle, axes = Oracle(lambda h_z: torch.tensor(0.5)), torch.eye(3)[torch.arange(6) % d]
-    features = torch.cat([axes, -axes]).view(2, 6, 1, 3)
-    oracle.encode = lambda c, e: (None, features[torch.arange(len(c)) % 2])
-    assert held.evaluate(oracle)["rank"] == pytest.approx(d, rel=1e-4) and oracle.training
-    line = 3 + 1e-4 * rand(500, 1) * rand(1, 64, seed=1)
-    assert pretrain.effective_rank(line) == pytest.approx(1, rel=1e-4)
-    assert pretrain.effective_rank((3 + 3e-7 * torch.randn(500, 64)).double()) == 1
+def test_held_out_measures_equal_a_float64_loop():
+    """Cross-entropy, that of the average map, and the IoU of each map at 0.5, by a plain loop; the
+    average map's IoU at the threshold that is best for it, 44% by default where 0.5 gives 37%. The
+    shares of two processes add up to the sums of one."""
+    cim, cfg, sums = model.CIM("vit_d8", 64, 64), config(*TINY), []
+    nn.init.normal_(cim.decoder.predictor.weight, std=0.3)
+    for machine in process(0, 1), process(0, 2), process(1, 2):
+        machine.sum = lambda x: sums.append(x.clone())
+        held = pretrain.HeldOut(crop.Shapes("val"), list(range(40)), cfg, machine)
+        if len(sums) == 0:
+            got, contexts = held.evaluate(cim), torch.cat([x for x, _ in held.images])
+        else:
+            held.evaluate(cim)
+    torch.testing.assert_close(sums[1] + sums[2], sums[0])
+    context, exemplars, maps, _ = pretrain.make_pairs(contexts, held.u, cfg)
+    with torch.no_grad():
+        p, mean, rows = cim(context, exemplars, maps)[1].double().sigmoid(), held.mean_map, []
+    thresholds = [0.02 * k for k in range(1, 50)]
+    for t, q in zip(maps.flatten(0, 1).double(), p.flatten(0, 1)):
+        ious = [(found & (t > 0)).sum() / (found | (t > 0)).sum()
+                for found in (q > 0.5, *(mean > x for x in thresholds))]
+        rows.append([-(t * x.log() + (1 - t) * (1 - x).log()).mean() for x in (q, mean)] + ious)
+    loss, baseline, iou, *averages = torch.tensor(rows).double().mean(0).tolist()
+    expected = dict(heldout_loss=loss, baseline=baseline, skill=1 - loss / baseline, iou=100 * iou,
+                    iou_average=100 * max(averages), n=40)
+    assert {name: got[name] for name in expected} == pytest.approx(expected, rel=1e-3)
+    assert max(averages) > averages[24] + 0.03  # that at 0.5
 
 
 # --------------------------------------------------------------------------------- 7. transfer
-
-def test_the_recipes_are_tables_10_and_11():
-    """vit_b and vit_s are Table 10, resnet50_100 and resnet50_300 the columns of Table 11."""
-    vit = dict(lr=9.6e-3, batch_size=2048, lr_batch=2048, layer_decay=0.8, weight_decay=0.05,
-               beta1=0.9, beta2=0.999, warmup_epochs=5, loss="ce", clip=0, drop_path=0.1, mixup=0.8,
-               cutmix=1.0, smoothing=0.1, randaugment=9, randaugment_std=0.5, randaugment_p=0.5,
-               image_size=224, test_size=224, optimizer="adamw", repeats=1, erasing=0)
-    cnn = vit | dict(lr=12e-3, layer_decay=1, weight_decay=0.02, loss="bce", drop_path=0,
-                     mixup=0.1, test_crop=0.95)
-    columns = {"vit_b": vit | dict(epochs=100), "vit_s": vit | dict(epochs=200),
-               "resnet50_100": cnn | dict(epochs=100, randaugment=6, image_size=160),
-               "resnet50_300": cnn | dict(epochs=300, randaugment=7, smoothing=0, repeats=3)}
-    for name, expected in columns.items():
-        assert expected.items() <= vars(recipe(name)).items(), name
-
 
 def test_losses_equal_the_formulas():
     """Tables 10 and 11: smoothed soft targets in cross-entropy and in the mean binary cross-entropy
@@ -1202,24 +1209,30 @@ def test_knn_equals_a_brute_force_loop():
     assert torch.equal(evaluate.vote(queries, bank, labels, 4, 80, 1e-30), nearest)
 
 
-@pytest.mark.parametrize("use_target", [False, True])
 @pytest.mark.parametrize("released", [False, True])
-def test_checkpoints_load_whole(released, use_target, tmp_path):
-    """Our checkpoints and the released ones: every weight of the online encoder or of the target is
-    the file's; only the head and the norm in front of it are new."""
+def test_checkpoints_load_whole(released, tmp_path):
+    """Our checkpoints and the released ones: every weight of the online encoder is the file's; the
+    target and other heads are left out. A position table of 384 pixels becomes that of 224,
+    bicubically. One weight missing or left over is an error."""
     online = model.build_encoder("vit_t16").state_dict()
-    target = {k: v + 1 if "." in k else v for k, v in online.items()}
+    grid = rand(1, 192, 24, 24).float()
+    online["pos_embed"] = torch.cat([online["pos_embed"][:, :1], grid.flatten(2).mT], 1)
+    saved = {f"{side}.{k}": v + (side == "target") for k, v in online.items()
+             for side in ("online", "target")}
     if released:  # its two encoders share what has no dot in its name
-        saved = online | {k.replace(".", "_c.", 1): v for k, v in target.items() if "." in k}
-    else:
-        saved = {f"{side}.{k}": v for side, weights in (("online", online), ("target", target))
-                 for k, v in weights.items()}
+        saved = online | {k.replace(".", "_c.", 1): v + 1 for k, v in online.items() if "." in k}
     torch.save(dict(model=saved, args=argparse.Namespace(lr=1)), tmp_path / "x.pt")
-    name, state, _ = finetune.read_weights(str(tmp_path / "x.pt"), use_target)
+    name, state, _ = finetune.read_weights(str(tmp_path / "x.pt"))
     net = model.Classifier(name, 3)
-    assert "new: fc_norm (2), head (2);" in finetune.load_weights(net, state, "x.pt")
+    finetune.load_weights(net, state, "x.pt")
+    small = F.interpolate(grid, size=14, mode="bicubic").flatten(2).mT
+    online["pos_embed"] = torch.cat([online["pos_embed"][:, :1], small], 1)
     for key, value in net.encoder.state_dict().items():
-        assert torch.equal(value, (target if use_target else online)[key]), key
+        assert torch.equal(value, online[key]), key
+    del state["blocks.3.mlp.fc1.bias"]
+    for wrong in state, online | {"blocks.12.norm1.bias": torch.ones(192)}:
+        with pytest.raises(InputError, match="blocks"):
+            finetune.load_weights(net, wrong, "x.pt")
 
 
 @pytest.mark.parametrize("name", ["resnet50", "vit_s16"])
@@ -1277,7 +1290,7 @@ def test_a_step_of_fine_tuning_equals_the_recipe_written_out(classes3, tmp_path)
 
 def test_a_linear_probe_trains_the_head_alone(classes3, tmp_path):
     """--recipe=linear: the encoder and its BatchNorm statistics stay, features are normalised
-    without parameters, and only the linear layer learns. SGD goes on, with momentum or not."""
+    without parameters, and only the linear layer learns, by SGD."""
     tune(tmp_path, classes3, "--recipe=linear", "--model=resnet50", "--max_steps=1")
     torch.manual_seed(0)
     before = model.Classifier("resnet50", 3, probe=True).state_dict()
@@ -1285,29 +1298,32 @@ def test_a_linear_probe_trains_the_head_alone(classes3, tmp_path):
     assert {k for k in before if not torch.equal(before[k], after[k])} == {
         "head.weight", "head.bias", "fc_norm.running_mean", "fc_norm.running_var",
         "fc_norm.num_batches_tracked"}
-    for out, flags in (tmp_path, []), (tmp_path / "still", ["--beta1=0"]):
-        for steps in 1, 2:
-            rows = tune(out, classes3, "--recipe=linear", "--model=vit_d8" if flags else
-                        "--model=resnet50", f"--max_steps={steps}", *flags)
-        assert [row["step"] for row in rows] == [1, 2]
 
 
 def test_fine_tuning_goes_on_bit_for_bit(classes3, tmp_path, monkeypatch):
-    """A run stopped by a signal and resumed equals the whole, with everything random on."""
+    """With everything random on, a run goes on after a signal and equals the whole. One that comes
+    during validation saves without finishing it: that is done again, and gives the same row."""
     flags = ["--mixup=0.8", "--cutmix=1", "--drop_path=0.5", "--randaugment_p=0.5",
-             "--erasing=0.5", "--repeats=3", "--max_steps=4"]
-    whole = tune(tmp_path / "a", classes3, *flags)
+             "--erasing=0.5", "--repeats=3", "--max_steps=4", "--eval_epochs=1"]
+    whole, real, seen = tune(tmp_path / "a", classes3, *flags), crop.cut_centre, []
+
+    def interrupt(*args, **more):  # in the second batch of the validation after step 3
+        seen.append(args)
+        if len(seen) == 64 + 2:
+            signal.raise_signal(signal.SIGTERM)
+        return real(*args, **more)
+
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        patch.setattr(finetune, "check_finite", lambda *_: signal.raise_signal(signal.SIGTERM))
+        patch.setattr(crop, "cut_centre", interrupt)
         tune(tmp_path / "b", classes3, *flags)
-    assert stop.value.code == 75 and len(read_log(tmp_path / "b")) == 2
+    assert stop.value.code == 75 and [row["step"] for row in read_log(tmp_path / "b")] == [1, 2]
     shutil.copytree(tmp_path / "b", tmp_path / "c")  # a run that ends where it was stopped
-    tune(tmp_path / "c", classes3, *flags, "--max_steps=1")
-    got = score(tmp_path, "--bench=top1", f"--ckpt={tmp_path}/c/model.pt", f"--data={classes3}")
-    saved = torch.load(tmp_path / "c" / "model.pt", weights_only=True)
-    assert saved["top1"] == pytest.approx(got["top1"], abs=1e-3)
+    tune(tmp_path / "c", classes3, *flags, "--max_steps=3")
+    saved = torch.load(tmp_path / "c" / "model.pt", weights_only=True)["score"]
+    assert (saved["n"], saved["top1"]) == (69, whole[2]["top1"])
     parts = tune(tmp_path / "b", classes3, *flags, "--workers=1")
-    assert [row["loss"] for row in whole] == [row["loss"] for row in parts]
+    for a, b in zip(whole, parts, strict=True):
+        assert {**a, "images_per_s": 0, "data_wait": 0} == {**b, "images_per_s": 0, "data_wait": 0}
     a, b = (torch.load(tmp_path / x / "model.pt", weights_only=True)["weights"] for x in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
 
@@ -1321,51 +1337,31 @@ def test_the_three_scripts_one_after_the_other(classes3, tmp_path):
              f"--out={fine}", "--image_size=32", "--test_size=32", "--batch_size=8",
              "--micro_batch=2", "--max_steps=4")
     cfg = config(f"--ckpt={fine / 'model.pt'}", script=evaluate)
-    net, names, _, last = evaluate.load_model(cfg, CPU)
-    assert last == pytest.approx(predictions(net, classes3 / "val", names))
+    net, saved = evaluate.load_model(cfg, CPU)
+    last = saved["score"]["top1"]
+    assert last == pytest.approx(predictions(net, classes3 / "val", saved["classes"]))
     got = score(fine, f"--ckpt={cfg.ckpt}", data)
     assert got["n"] == 69 and got["top1"] == pytest.approx(last, abs=1e-3)
     knn, online = ["--bench=knn", "--size=32", data], f"--ckpt={pre / 'ckpt.pt'}"
     one, two = score(pre, *knn, online), json.loads(torchrun("evaluate.py", *PLAIN, *knn, online))
     assert one["knn"] == two["knn"] and two["n"] == 69 and two["bank"] == 24
-    score(pre, *knn, "--ckpt=scratch", "--model=vit_d8")
-    score(pre, *knn, online, "--use_target")
-    assert (pre / "knn_target.json").exists()
+    for flags in [f"--ckpt={pre / 'target.pt'}"], ["--ckpt=scratch", "--model=vit_d8"]:
+        assert score(pre, *knn, *flags)["n"] == 69
 
 
-@pytest.mark.parametrize("flags, words", [
-    ("--init={tmp}/code.pt", "is not a file of weights"),
-    ("--init={tmp}/number.pt", "is not a state dict"),
-    ("--init={tmp}/empty.pt", "holds no encoder"),
-    ("--init={tmp}/wide.pt", "a ViT of width 100, depth 12"),
-    ("--init={tmp}/lacks.pt", "lacks blocks.3.mlp.fc1.bias; nothing was loaded"),
-    ("--init={tmp}/extra.pt", "has the unknown extra; nothing was loaded"),
-    ("--init={tmp}/shape.pt", "has shape [7] instead of [192]"),
-    ("--init={tmp}/vit.pt --use_target", "holds no target"),
-    ("--init={tmp}/vit.pt --model=vit_d8", "holds vit_t16, not vit_d8"),
-    ("--use_target", "has no target"),
-    ("--recipe=linear", "needs --model"),
-    ("--recipe=linear --model=vit_d8 --micro_batch=1", "too few for BatchNorm"),
-    ("--model=resnet50 --drop_path=0.1", "no stochastic depth"),
-    ("--image_size=30", "32 would be"),
-    ("--data={tmp}/loose", "has 0 class folders"),
-    ("--data={tmp}/bare", "no labelled images to validate on")])
-def test_fine_tuning_that_cannot_work_is_named(flags, words, tmp_path, classes3):
-    """Each impossible value, file or folder is named before any work; no file loads in part."""
-    vit = model.build_encoder("vit_t16").state_dict()
-    torch.save({}, tmp_path / "empty.pt")
-    for name, key, value in [
-            ("vit", "cls_token", vit["cls_token"]), ("wide", "cls_token", torch.zeros(1, 1, 100)),
-            ("code", "x", Fraction(1, 3)), ("number", "x", 3), ("extra", "extra", torch.zeros(1)),
-            ("shape", "blocks.0.norm1.bias", torch.zeros(7)),
-            ("lacks", "blocks.3.mlp.fc1.bias", None)]:
-        changed = {k: v for k, v in (vit | {key: value}).items() if v is not None}
-        torch.save(changed, tmp_path / f"{name}.pt")
-    for folder in "loose", "bare/train/ant", "bare/train/bee", "bare/val":
-        save_images(tmp_path / folder, 2)
-    with pytest.raises(InputError, match=re.escape(words)):
-        tune(tmp_path / "x", classes3, *flags.format(tmp=tmp_path).split())
-    assert not (tmp_path / "x").exists()
+def test_a_run_is_scored_on_what_it_held_out(tmp_path):
+    """A folder without val/: its own run's slice is scored, n and score are that run's, however the
+    folder is spelled; another folder is scored whole. So are maps."""
+    for place, count in ("own/ant", 30), ("own/bee", 30), ("other/ant", 4), ("other/bee", 5):
+        save_images(tmp_path / place, count, seed=count)
+    row = tune(tmp_path / "fine", tmp_path / "own", "--max_steps=2")[-1]
+    pre = demo(tmp_path / "pre", f"--data={tmp_path / 'own'}", "--max_steps=1")[-1]
+    for out, bench, expected in ("fine/model.pt", "top1", row), ("pre/ckpt.pt", "maps", pre):
+        flags = [f"--bench={bench}", f"--ckpt={tmp_path / out}"]
+        got = score(tmp_path, *flags, f"--data={tmp_path}/fine/../own/")
+        assert bench == "maps" or got["top1"] == pytest.approx(expected["top1"])
+        assert got["n"] == expected["n"] == 3
+        assert score(tmp_path, *flags, f"--data={tmp_path}/other")["n"] == 9
 
 
 def test_blocks_of_any_drop_path_are_compiled_once():
@@ -1395,15 +1391,6 @@ def test_mixed_targets_follow_the_mixed_pixels(mixup, cutmix):
     for _ in range(8):
         mixed, targets = mix(images, torch.arange(3))
         torch.testing.assert_close(mixed.mean((2, 3)), targets)
-
-
-def test_a_position_table_of_another_size_is_resized():
-    """The table of 384 pixels becomes that of 224, bicubically; the cls token's part stays."""
-    table = rand(1, 1 + 24 * 24, 8).float()
-    grid = table[:, 1:].unflatten(1, (24, 24)).permute(0, 3, 1, 2)
-    small = F.interpolate(grid, size=14, mode="bicubic").flatten(2).mT
-    got = finetune.resize_table(table, 197)
-    assert torch.equal(got, torch.cat([table[:, :1], small], 1))
 
 
 # ------------------------------------------------------------------------------- 8. evaluation
@@ -1437,30 +1424,34 @@ def test_attacks_hurt_on_two_processes_as_on_one(tmp_path, classes3, monkeypatch
 def test_mce_is_relative_to_alexnet():
     """Table 8: AlexNet's own errors have mCE 100, mean 78.8; one twice as bad adds a fifteenth."""
     own = {name: [100 * error] * 5 for name, error in evaluate.ALEXNET.items()}
-    assert evaluate.corruption_error(own) == pytest.approx((100, 78.8), abs=0.1)
+    assert evaluate.corruption_error(own) == pytest.approx(100)
+    assert 100 * np.mean([*evaluate.ALEXNET.values()]) == pytest.approx(78.8, abs=0.1)
     worse = own | {"fog": [0, 0, 2 * own["fog"][0], 3 * own["fog"][0], 5 * own["fog"][0]]}
-    assert evaluate.corruption_error(worse)[0] == pytest.approx(100 + 100 / 15)
-    assert evaluate.corruption_error({"fog": [10, 20, 30, 40, 50]}) == (None, 30)  # not all
+    assert evaluate.corruption_error(worse) == pytest.approx(100 + 100 / 15)
 
 
 def test_imagenet_c_reads_the_published_layout(tmp_path):
-    """CORRUPTION/SEVERITY/CLASS, also one folder deeper as in the archives: each error is that of a
-    plain loop over uncropped images; a corruption that is not whole is missing."""
-    names, root, errors = ["bee", "ant"], tmp_path / "c[1]", {}  # not in the order of the folders
+    """CORRUPTION/SEVERITY/CLASS: each error is that of a plain loop over uncropped images. All 15
+    corruptions have to be there."""
+    names, root, errors = ["bee", "ant"], tmp_path / "c", []  # not in the order of the folders
     net = save_classifier(tmp_path / "model.pt", names)
-    whole = partial(crop.cut_centre, size=32, ratio=1.0)
-    for k, place in enumerate(["noise/gaussian_noise", "fog", "snow"]):
-        for severity in range(1, 5 if place == "snow" else 6):
-            for i, name in enumerate(names):
-                folder = root / place / str(severity) / name
-                save_images(folder, 2, (32, 32), seed=100 * k + 10 * severity + i)
-        errors[place.split("/")[-1]] = [100 - predictions(net, folder, names, whole)
-                                        for folder in sorted((root / place).iterdir())]
-    got = score(tmp_path, "--bench=imagenet_c", f"--ckpt={tmp_path}/model.pt", f"--data={root}")
-    assert errors.pop("snow") and got["errors"] == errors and len(got["missing"]) == 13
-    shutil.rmtree(root / "fog" / "3" / "ant")
-    with pytest.raises(InputError, match="fog/3' has other class folders .*: ant"):
-        score(tmp_path, "--bench=imagenet_c", f"--ckpt={tmp_path}/model.pt", f"--data={root}")
+    for k in range(5):
+        for i, name in enumerate(names):
+            save_images(tmp_path / str(k) / name, 2, (32, 32), seed=10 * k + i)
+        whole = partial(crop.cut_centre, size=32, ratio=1.0)
+        errors.append(100 - predictions(net, tmp_path / str(k), names, whole))
+    for i, corruption in enumerate(evaluate.ALEXNET):
+        (root / corruption).mkdir(parents=True)
+        for k in range(5):
+            (root / corruption / str(k + 1)).symlink_to(tmp_path / str((i + k) % 5))
+    flags = ["--bench=imagenet_c", f"--ckpt={tmp_path}/model.pt", f"--data={root}"]
+    got = score(tmp_path, *flags)
+    for i, name in enumerate(evaluate.ALEXNET):
+        assert got["errors"][name] == [errors[(i + k) % 5] for k in range(5)]
+    assert got["mce"] == evaluate.corruption_error(got["errors"]) and len({*errors}) > 1
+    shutil.rmtree(root / "fog")
+    with pytest.raises(InputError, match="fog"):
+        score(tmp_path, *flags)
 
 
 def test_predictions_are_made_among_the_folders_only(tmp_path):
@@ -1477,83 +1468,23 @@ def test_predictions_are_made_among_the_folders_only(tmp_path):
     assert got["imagenet_r"] == pytest.approx(expected, abs=1e-3) and got["n"] == 24
 
 
-def test_map_scores_equal_a_float64_loop():
-    """Figures 5 and 6 in numbers: cross-entropy, that of the mean map, and IoU at 0.5 of each
-    exemplar by a plain loop."""
-    boxes, mean = crop.sample_boxes(rand(2, 3, 6)), rand(16, 16).clamp(0.1, 0.9)
-    maps = crop.rasterize_maps(crop.affine_from_boxes(boxes), 16)
-    logits = 4 * rand(2, 3, 16, 16, seed=1) - 2
-    got = evaluate.map_scores(maps, logits, mean)
-    for b, k in np.ndindex(2, 3):
-        t, p = maps[b, k], logits[b, k].sigmoid()
-        ce, base = (-(t * q.log() + (1 - t) * (1 - q).log()).mean() for q in (p, mean))
-        iou = ((p > 0.5) & (t > 0)).sum() / ((p > 0.5) | (t > 0)).sum()
-        assert got[b, k].tolist() == pytest.approx([float(x) for x in (ce, base, iou)], rel=1e-7)
-
-
 def test_maps_are_measured_from_a_checkpoint(tmp_path):
-    """--bench=maps takes a pre-training ckpt.pt and any folder of images, however deep; the strip
-    holds the run's first sheet and, below it, the predicted maps of later looks."""
-    demo(tmp_path / "run", "--max_steps=3", "--eval_every=1")
-    for name in "notes", "0000007":  # neither is of this run
-        Image.new("RGB", (9, 9)).save(tmp_path / "run" / "maps" / f"{name}.png", "EPS")
+    """--bench=maps takes a pre-training ckpt.pt and any folder of images, however deep, and paints
+    the first ones with their predicted maps."""
+    demo(tmp_path / "run", "--max_steps=1")
     save_images(tmp_path / "photos" / "deep" / "er", 20)
     got = score(tmp_path, "--bench=maps", f"--ckpt={tmp_path}/run/ckpt.pt",
                 f"--data={tmp_path}/photos")
-    assert got["n"] == 20 and got["loss"] == pytest.approx(math.log(2), rel=0.02)
-    assert got["skill"] == pytest.approx(1 - got["loss"] / got["baseline"], abs=1e-3)
-    figures, strip, first, *_, last = (np.asarray(Image.open(path)) for path in (
-        *sorted(tmp_path.glob("*.png")), *sorted((tmp_path / "run" / "maps").glob("000000[0-3]*"))))
-    row = crop.TILE + crop.TILE // 12
-    maps = 3 * row + crop.TILE * 3 // 4  # where they begin, from the left
-    assert len(strip) == len(first) + 3 * row and figures.shape[1] > 600
-    assert (strip[:len(first), maps:] == first[:, maps:]).all() and (last != first).any()
-    assert (strip[-row:, maps:] == last[-row:, maps:]).all()
-
-
-@pytest.mark.parametrize("flags, words", [
-    ("--ckpt=/no/run/encoder.pt", "there is no file"),
-    ("--ckpt=scratch --model=vit_d8", "takes a classifier"),
-    ("--ckpt={tmp}/model.pt --model=vit_s16", "holds vit_d8, not vit_s16"),
-    ("--bench=knn --ckpt=scratch", "needs --model"),
-    ("--bench=maps --ckpt={tmp}/none.pt", "there is no file"),
-    ("--data={tmp}/loose", "has no images in class folders"),
-    ("--bench=imagenet_r", "1 classes that the 3 known ones lack: dog"),
-    ("--bench=imagenet_a --data={tmp}/empty", "has no images in 1 of its class folders: bee"),
-    ("--bench=imagenet_c", "has none of the 15 corruptions"),
-    ("--ckpt={tmp}/classes.pt", "lacks the names of its classes"), ("--size=9999", "to 4096"),
-    ("--ckpt={tmp}/score.pt", "or its score"), ("--ckpt={tmp}/pair.pt", "holds no config"),
-    ("--ckpt={tmp}/config.pt", "holds no config"), ("--ckpt={tmp}/size.pt", "from 1 to 4096"),
-    ("--ckpt={tmp}/nan.pt", "head.bias are finite"), ("--ckpt={tmp}/int.pt", "no plain tensor"),
-    ("--ckpt={tmp}/flat.pt", "holds a ViT of width 0"),
-    ("--ckpt={tmp}/huge.pt --data={tmp}/ant", "outputs are not finite")])
-def test_evaluation_that_cannot_work_is_named(flags, words, tmp_path, capsys):
-    """A wrong layout, an unknown or empty class, another kind of file, damaged or made up; and no
-    folder is made."""
-    save_classifier(tmp_path / "model.pt", ["ant", "bee", "cat"])
-    saved = torch.load(tmp_path / "model.pt", weights_only=True)
-    for name, entries in dict(
-            classes=dict(classes=5), config=dict(config=None),
-            size=dict(config=saved["config"] | dict(test_size=10**9)),
-            pair=dict(config=saved["config"] | dict(scale=[0.5])), score=dict(top1="best"),
-            flat=dict(weights=saved["weights"] | dict(cls_token=torch.ones(()))),
-            huge=dict(weights={name: 1e30 * x for name, x in saved["weights"].items()}),
-            nan=dict(weights=saved["weights"] | {"head.bias": torch.full((3,), math.nan)}),
-            int=dict(weights=saved["weights"] | {"head.bias": torch.ones(3).long()})).items():
-        torch.save(saved | entries, tmp_path / f"{name}.pt")
-    for place in "loose", "odd/ant", "odd/dog", "empty/ant", "empty/bee", "ant/ant":
-        save_images(tmp_path / place, 0 if place == "empty/bee" else 2)
-    with pytest.raises((SystemExit, InputError)) as error:
-        score(tmp_path / "new", f"--ckpt={tmp_path / 'model.pt'}", f"--data={tmp_path / 'odd'}",
-              *flags.format(tmp=tmp_path).split())
-    assert words in str(error.value) + capsys.readouterr().err
-    assert not (tmp_path / "new").exists()
+    assert got["n"] == 20 and got["heldout_loss"] == pytest.approx(math.log(2), rel=0.02)
+    assert got["skill"] == pytest.approx(1 - got["heldout_loss"] / got["baseline"])
+    assert Image.open(tmp_path / "figures.png").width > 600
 
 
 # ------------------------------------------------------------------------------ 9. segmentation
 
 SCENES = ["--recipe=segment", "--model=vit_d8", "--init=scratch", *PLAIN, "--log_every=1",
-          "--image_size=32", "--test_size=32", "--head_width=16", "--batch_size=4"]
+          "--labels=2", "--image_size=32", "--test_size=32", "--head_width=16",
+          "--batch_size=4"]
 
 
 def save_scene(root, name, image, mask):
@@ -1706,19 +1637,19 @@ def test_two_classes_are_learned_and_measured(scenes, tmp_path):
                    "--layer_decay=1", "--eval_epochs=20", "--log_every=40")
     flags = ["--bench=miou", f"--ckpt={tmp_path}/model.pt", f"--data={scenes}", "--pictures=2"]
     got = score(tmp_path, *flags)["miou"]
-    net, _, (size, _), _ = evaluate.load_model(config(*flags, script=evaluate), CPU)
-    source, matrix = finetune.Scenes(str(scenes), "validation"), np.zeros((2, 2))
+    net, _ = evaluate.load_model(config(*flags, script=evaluate), CPU, segments=True)
+    source, matrix = finetune.Scenes(str(scenes), "validation", 2), np.zeros((2, 2))
     for i in range(5):
         with source.open(i) as (image, mask), torch.no_grad():
             x, y = crop.to_tensor(image)[None] / 255, np.array(mask)
-            w, h = finetune.rescaled_size(*image.size, size)
+            w, h = finetune.rescaled_size(*image.size, 32)
             x = F.interpolate(x, (h, w), mode="bilinear", antialias=True)
-            logits = finetune.sliding_window(net, crop.normalize(x), size)
+            logits = finetune.sliding_window(net, crop.normalize(x), 32)
         best = F.interpolate(logits, y.shape, mode="bilinear").argmax(1)[0].numpy()
         np.add.at(matrix, (y[y > 0] - 1, best[y > 0]), 1)
     iou = 100 * matrix.diagonal() / (matrix.sum(0) + matrix.sum(1) - matrix.diagonal())
     assert got > 85 and [iou.mean(), rows[-1]["miou"]] == pytest.approx([got, got], abs=1e-3)
-    picture = np.asarray(Image.open(tmp_path / "miou_00004_04.png"))  # of 40 x 64 pixels
+    picture = np.asarray(Image.open(tmp_path / "miou_00004.png"))  # of 40 x 64 pixels
     truth, found = picture[3:, 40:80], picture[3:, 80:]
     assert {tuple(c) for c in truth.reshape(-1, 3).tolist()} == {(128, 0, 0), (0, 128, 0)}
     assert (truth == found).all(2).mean() > 0.9 and len(list(tmp_path.glob("miou_*.png"))) == 2
@@ -1731,35 +1662,6 @@ def test_segmentation_goes_on_bit_for_bit(scenes, tmp_path):
     segment(tmp_path / "b", scenes, "--max_steps=5", "--drop_path=0.5", "--workers=1")
     a, b = (torch.load(tmp_path / x / "model.pt", weights_only=True)["weights"] for x in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
-
-
-@pytest.mark.parametrize("mask, removed, flags, words", [
-    ("good", "annotations/training", "", "there is no folder"),
-    ("good", "annotations/training/1.png", "", "1 images lack a mask"),
-    ("good", "images/training/1.jpg", "", "no images in"),
-    ("good", "", "--classes={tmp}/one", "has label 2; there are 1 classes"),
-    ("turned", "", "", "1.png' (7, 5)"),
-    ("colour", "", "", "is no mask but a picture of kind RGB"),
-    ("blank", "", "", "no mask of"),
-    ("white", "", "", "has label 255"),
-    ("twice", "", "", "several masks by the name of '1'"),
-    ("good", "", "--data={scenes} --model=resnet50 --drop_path=0", "segmentation takes a ViT"),
-    ("good", "", "--scale=0,2", "low <= high")])
-def test_segmentation_that_cannot_work_is_named(mask, removed, flags, words, scenes, tmp_path):
-    """A bad value, a missing folder or file, masks that would be misread: named before any work."""
-    data, masks = tmp_path / "data", dict(
-        good=("L", (5, 7), 2), turned=("L", (7, 5), 1), colour=("RGB", (5, 7)), blank=("L", (5, 7)),
-        white=("L", (5, 7), 255), twice=("L", (5, 7)))
-    for split in "training", "validation":
-        save_scene(data, f"{split}/1", Image.new("RGB", (5, 7)), Image.new(*masks[mask]))
-    if mask == "twice":
-        shutil.copy(data / "annotations/training/1.png", data / "annotations/training/1.bmp")
-    if removed:
-        (shutil.rmtree if (data / removed).is_dir() else os.remove)(data / removed)
-    (tmp_path / "one").write_text("ground")
-    with pytest.raises(InputError, match=re.escape(words)):
-        segment(tmp_path / "x", data, *flags.format(tmp=tmp_path, scenes=scenes).split())
-    assert not (tmp_path / "x").exists()
 
 
 def test_no_class_fills_a_crop_if_ten_tries_find_another():
@@ -1780,14 +1682,13 @@ def test_no_class_fills_a_crop_if_ten_tries_find_another():
 
 
 def test_classifiers_and_segmenters_begin_with_each_other(tmp_path):
-    """--init takes the other's model.pt: the encoder is the file's, heads are left out and new."""
+    """--init takes the other's model.pt: the encoder is the file's, heads are left out."""
     cfg, names = recipe("segment", "--model=vit_d8", "--head_width=16"), ["ant", "bee", "cat"]
     classifier, segmenter = save_classifier(tmp_path / "c.pt", names), finetune.build_model(cfg, 3)
-    finetune.save_model(str(tmp_path / "s.pt"), segmenter, cfg, names)
-    for path, net, words in [("c.pt", segmenter, "left out: fc_norm (2), head (2)"),
-                             ("s.pt", classifier, "new: fc_norm (2), head (2); left out: aux")]:
+    finetune.save_model(str(tmp_path / "s.pt"), segmenter, cfg, names, {})
+    for path, net in ("c.pt", segmenter), ("s.pt", classifier):
         _, state, _ = finetune.read_weights(str(tmp_path / path))
-        assert words in finetune.load_weights(net, state, path)
+        finetune.load_weights(net, state, path)
         assert all(torch.equal(v, state[k]) for k, v in net.encoder.state_dict().items())
 
 
@@ -1888,10 +1789,12 @@ def long(tmp_path_factory):
 
 
 def test_a_run_goes_on_as_if_nothing_had_happened(tmp_path, long):
-    """Ended by kill -9, SIGTERM and SIGUSR1, a run gives encoder and log of the uninterrupted run
-    bit for bit. After the two signals the step is finished and saved, and status 75 asks to run the
-    same command again. While a run is at work a second one in its folder refuses."""
-    for number, logged in ((signal.SIGKILL, 6), (signal.SIGTERM, 18), (signal.SIGUSR1, 30)):
+    """Ended by kill -9, SIGTERM, SIGUSR1 and SIGHUP, a run gives encoder and log of the
+    uninterrupted run bit for bit. After the signals the step is finished and saved, and status 75
+    asks to run the same command again. While a run is at work a second one in its folder refuses.
+    """
+    for number, logged in ((signal.SIGKILL, 6), (signal.SIGTERM, 15), (signal.SIGUSR1, 27),
+                           (signal.SIGHUP, 39)):
         process = spawn(*long[0], f"--out={tmp_path}", "--workers=1", "--save_every=4")
         wait_for(logged, tmp_path, process)
         if number == signal.SIGUSR1:
@@ -1900,9 +1803,29 @@ def test_a_run_goes_on_as_if_nothing_had_happened(tmp_path, long):
         process.send_signal(number)
         message = process.communicate(timeout=60)[1]
         step = pretrain.load_checkpoint(tmp_path / "ckpt.pt")["step"]
-        assert number == signal.SIGKILL or f"stopped by a signal after step {step} " in message
+        assert number == signal.SIGKILL or step >= logged
         assert process.returncode == (-9 if number == signal.SIGKILL else os.EX_TEMPFAIL), message
     assert finish(tmp_path, *long[0]) == long[2]
+
+
+def test_handlers_and_lock_are_given_back_and_a_second_signal_ends_at_once(tmp_path):
+    """After main, signals do what they did and the folder is free, so two runs fit into a process.
+    While it is at work, a signal that comes twice within two seconds is one; a later one ends it.
+    """
+    before = [signal.getsignal(number) for number in pretrain.STOPPERS]
+    for steps in 1, 2:
+        demo(tmp_path, f"--max_steps={steps}")
+        assert [signal.getsignal(number) for number in pretrain.STOPPERS] == before
+        code = "import fcntl, sys; fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        assert command("-c", code, str(tmp_path / "lock")).returncode == 0
+    code = ("import os, pretrain, signal, sys, test_cim\n"
+            "with pretrain.at_work(sys.argv[1], test_cim.CPU) as signals:\n"
+            "    for wait in 0, 1, 3:\n"
+            "        signals[:] = [noted - wait for noted in signals]\n"
+            "        signal.raise_signal(signal.SIGTERM)\n"
+            "        print(bool(signals), flush=True)\n")
+    result = command("-c", code, str(tmp_path))
+    assert (result.stdout, result.returncode) == ("True\nTrue\n", -signal.SIGTERM), result.stderr
 
 
 @pytest.mark.soak
@@ -1921,8 +1844,8 @@ def test_thirty_kills_at_any_moment(tmp_path, long):
 
 def test_torchrun_restarts_stops_and_changes_its_size(tmp_path, long):
     """When process 0 of two is killed while it writes a checkpoint, torchrun starts both again from
-    the one before. A SIGTERM to process 1 then ends both after the same step, with one message. One
-    process ends the run of two: equal to float rounding."""
+    the one before. A SIGTERM to process 1 then ends both after the same step. One process ends the
+    run of two: equal to float rounding."""
     process = spawn(*long[0], f"--out={tmp_path}", "--save_every=1", launch=[
         "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--max_restarts=1"])
     for k, number, logged in ((0, signal.SIGKILL, 6), (1, signal.SIGTERM, 18)):
@@ -1931,60 +1854,107 @@ def test_torchrun_restarts_stops_and_changes_its_size(tmp_path, long):
         os.kill(int(children[k]), number)
     message = process.communicate(timeout=120)[1]
     assert process.returncode and "exitcode: -9" in message, message
-    assert message.count("stopped by a signal after step") == 1, message
+    assert re.search(r"exitcode *: 75", message), message
     losses = [[row["loss"] for row in rows] for rows, _ in (finish(tmp_path, *long[0]), long[2])]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     torch.testing.assert_close(encoder_of(tmp_path), encoder_of(long[1]), atol=1e-4, rtol=1e-3)
 
 
-def test_rows_beyond_the_checkpoint_are_cut(tmp_path, long):
-    """A row precedes the checkpoint that contains its step; on a full disk the older one stays, and
-    going on cuts the log to the length which that one stores: each step has one row."""
+def test_the_log_follows_the_checkpoint(tmp_path, long, monkeypatch):
+    """A step's checkpoint precedes its row. On a full disk the older one stays. A run that ends
+    between the two, while it measures, goes on with measuring; a row that was cut short or lies
+    beyond the checkpoint is written again."""
     flags, out = [*long[0], "--log_every=1", "--eval_every=2", "--max_steps=4"], tmp_path / "out"
     demo(out, *flags, "--max_steps=2")
     before = (out / "ckpt.pt").read_bytes()
     (out / "ckpt.pt.tmp").symlink_to("/dev/full")
-    with pytest.raises(InputError, match="cannot write .*ckpt.pt': .*No space left"):
+    with pytest.raises((OSError, RuntimeError)):
         demo(out, *flags, "--save_every=3")
-    assert (out / "ckpt.pt").read_bytes() == before and not list(out.glob("*.tmp"))
-    assert [row["step"] for row in read_log(out)] == [1, 2, 3]
+    assert (out / "ckpt.pt").read_bytes() == before
+    assert [row["step"] for row in read_log(out)] == [1, 2]
+    (out / "ckpt.pt.tmp").unlink()
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
+        patch.setattr(pretrain.HeldOut, "evaluate", lambda *_: 1 / 0)
+        demo(out, *flags)
+    assert pretrain.load_checkpoint(out / "ckpt.pt")["step"] == 4
     with open(out / "log.jsonl", "a") as log:
-        log.write('{"step": 4, "ep')  # a row that was cut short
+        log.write('{"step": 4, "ep')
     assert finish(out, *flags) == finish(tmp_path / "whole", *flags)
 
 
 # -------------------------------------------------------------------- 11. files and bad input
 
-@pytest.mark.parametrize("flag, words", [
-    ("--batchsize=4", "--batchsize"), ("demo", "demo"), ("--preset=dmeo", "imagenette"),
-    ("--epochs=many", "no int"), ("--batch_size=0", "from 1 to"), ("--lr=nan", "no float"),
-    ("--lr=1e999999999", "no float"), ("--lr=0", "above 0"), ("--clip=-1", "from 0 to"),
-    ("--beta1=1", "below 1"), ("--flip=1.5", "between 0 and 1"), ("--seed=1" + 20 * "0", "2**63"),
-    ("--scale=0.5", "two numbers"), ("--ratio=1/0,3", "no float"), ("--compile=maybe", "choose"),
-    ("--freeze_patch_embed=maybe", "true nor false"), ("--context_size=150", "multiple of 8"),
-    ("--decoder_width=100", "multiple of 32"), ("--scale=0.4,1", "area up to 0.300"),
-    ("--ratio=0,3", "low <= high"), ("--rotation=200", "between 0 and 180"),
-    ("--context_scale=0,1", "0 < low"),
-    ("--data=/no/such", "no folder"), ("--classes=/no/list", "class list"),
-    ("--batch_size=30000", "fewer than one batch"), ("--micro_batch=5", "does not divide")])
-def test_flags_that_cannot_work_are_named(flag, words, tmp_path, capsys):
-    """A wrong name, type, choice, bound, combination or folder is an error that says what is wrong
-    before anything is written; argparse's status is 2."""
+@pytest.fixture(scope="module")
+def odd(tmp_path_factory):
+    """A folder of files and folders that fit nothing."""
+    root = tmp_path_factory.mktemp("odd")
+    vit = model.build_encoder("vit_t16").state_dict()
+    for name, changed in dict(vit={}, wide=dict(cls_token=torch.zeros(1, 1, 100)),
+                              code=dict(x=Fraction(1, 3))).items():
+        torch.save(vit | changed, root / f"{name}.pt")
+    save_classifier(root / "model.pt", ["ant", "bee", "cat"])
+    saved = torch.load(root / "model.pt", weights_only=True)
+    saved["weights"] = {name: 1e30 * x for name, x in saved["weights"].items()}
+    torch.save(saved, root / "huge.pt")
+    for folder in "loose", "x/train/ant", "x/train/bee", "x/val/ant", "x/val/dog", "ant/ant":
+        save_images(root / folder, 8)
+    good, masks = Image.new("L", (5, 7), 2), dict(
+        turned=("L", (7, 5), 1), colour=("RGB", (5, 7)), large=("L", (5, 7), 3))
+    for kind, mask in masks.items():
+        for name in "training/0", "training/1", "training/2", "training/3", "validation/0":
+            save_scene(root / kind, name, Image.new("RGB", (5, 7)),
+                       Image.new(*mask) if name.endswith("2") else good)
+    shutil.copytree(root / "large", root / "alone")
+    os.remove(root / "alone" / "images" / "training" / "1.jpg")
+    return root
+
+
+@pytest.mark.parametrize("run, flags, words", [
+    *((demo, *case) for case in [
+        ("--batchsize=4", "--batchsize"), ("--preset=dmeo", "imagenette"),
+        ("--epochs=many", "--epochs"), ("--scale=0.5", "--scale"), ("--compile=maybe", "--compile"),
+        ("--context_size=150", "multiple of 8"), ("--decoder_width=100", "multiple of 32"),
+        ("--scale=0.4,1", "0.300"), ("--data=/no/such", "/no/such"), ("--out=", "--out"),
+        ("--classes=/no/list", "/no/list"), ("--batch_size=30000", "at most 16000")]),
+    *((tune, *case) for case in [
+        ("--init={odd}/none.pt", "none.pt"), ("--init={odd}/code.pt", "code.pt"),
+        ("--init={odd}/wide.pt", "width 100"), ("--init={odd}/vit.pt --model=vit_d8", "vit_t16"),
+        ("--recipe=linear", "--model"), ("--model=resnet50 --drop_path=0.1", "resnet50"),
+        ("--image_size=30", "image_size"), ("--data={odd}/loose", "loose"),
+        ("--data={odd}/x", "dog")]),
+    *((score, *case) for case in [
+        ("--ckpt=/no/model.pt", "no/model.pt"), ("--bench=miou", "segmenter"),
+        ("--bench=knn --ckpt=scratch", "--model"), ("--bench=maps", "ckpt.pt"),
+        ("--data={odd}/loose", "loose"), ("--bench=imagenet_r --data={odd}/x", "dog"),
+        ("--ckpt={odd}/huge.pt --data={odd}/ant", "not finite")]),
+    *((segment, *case) for case in [
+        ("--data={odd}/loose", "training"), ("--data={odd}/alone", "1"),
+        ("--model=resnet50 --drop_path=0 --data={odd}/large", "resnet50"),
+        ("--data={odd}/turned", "2.png"), ("--data={odd}/colour", "2.png"),
+        ("--data={odd}/large", "2.png")])])
+def test_what_cannot_work_is_named(run, flags, words, odd, tmp_path, capsys):
+    """A wrong name, type, choice, combination, folder or file of each script is an error that names
+    it; argparse's status is 2. Masks that would be misread are named when they are opened. Weights
+    are read without running code that a file may hold."""
+    if run is score:
+        flags = "--ckpt={odd}/model.pt --data={odd}/x/val " + flags
+    data = [odd] if run in (tune, segment) else []
     with pytest.raises((SystemExit, InputError)) as error:
-        demo(tmp_path / "out", flag)
-    message = str(error.value) + capsys.readouterr().err
-    assert words in message and not (tmp_path / "out").exists()
+        run(tmp_path / "out", *data, *flags.format(odd=odd).split())
+    assert words in str(error.value) + capsys.readouterr().err
     assert isinstance(error.value, InputError) or error.value.code == 2
 
 
-def test_batches_that_do_not_divide_name_one_that_would():
-    """A batch is divided over the processes, a process's share into equal micro-batches."""
+def test_batches_are_divided_evenly():
+    """A batch is divided over the processes, a process's share into equal micro-batches of at most
+    --micro_batch images. A share that only divides into much smaller ones is an error."""
     three = dataclasses.replace(CPU, world=3)
-    for flags, plan in ((["--batch_size=96"], (32, 1)), (["--batch_size=12288"], (32, 128)),
-                        (["--batch_size=96", "--micro_batch=8"], (8, 4))):
+    for flags, plan in ((["--batch_size=96"], (32, 1)), (["--batch_size=12288"], (256, 16)),
+                        (["--batch_size=96", "--micro_batch=9"], (8, 4))):
         assert pretrain.make_plan(config(*flags), three, 20_000)[1:3] == plan
-    with pytest.raises(InputError, match="33 would"):
-        pretrain.make_plan(config("--batch_size=32"), three, 20_000)
+    for flags in ["--batch_size=32"], ["--batch_size=93", "--micro_batch=16"]:
+        with pytest.raises(InputError, match="divide"):
+            pretrain.make_plan(config(*flags), three, 20_000)
 
 
 def test_unreadable_images_are_replaced_and_named(tmp_path, capfd):
@@ -2007,19 +1977,34 @@ def test_unreadable_images_are_replaced_and_named(tmp_path, capfd):
     assert number == 5 and torch.equal(context, expected)
     for path in train.iterdir():
         path.write_text("no image")
-    with pytest.raises(InputError, match="10 images in a row"):
+    with pytest.raises(InputError, match="ten images in a row"):
         demo(tmp_path / "one", f"--data={tmp_path}")
     result = command("pretrain.py", *TINY, f"--data={tmp_path}", f"--out={tmp_path / 'two'}",
                      "--workers=1")
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
-    assert result.stderr.count("pretrain.py: 10 images in a row") == 1, result.stderr
+    assert result.stderr.count("pretrain.py: ten images in a row") == 1, result.stderr
 
 
-def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
-    """A torn checkpoint, text, an empty file, another program's tensors and a pickle that would run
-    code are refused by name, and the code is not run; so are entries of a wrong kind, weights that
-    are not finite, and an optimiser's state of other shapes, at which the fused kernel would
-    crash."""
+def test_an_error_of_the_disk_is_tried_again(monkeypatch, capsys):
+    """After a second, once, with the same random numbers: then the image counts as unreadable."""
+    source, fails, waits = crop.Shapes("val"), [1, 2, 2], []
+    expected, following = (samples(source, 9, 32)[0, i][0] for i in (0, 1))
+
+    def busy(i):
+        if i == 0 and fails.pop():
+            raise OSError(errno.EIO, "the disk is busy")
+        return crop.Shapes.open(source, i)
+
+    monkeypatch.setattr(crop.time, "sleep", waits.append)
+    monkeypatch.setattr(source, "open", busy)
+    fails[:] = [0, 1]
+    assert torch.equal(samples(source, 9, 32)[0, 0][0], expected) and waits == [1]
+    fails[:] = [1, 1]
+    assert samples(source, 9, 32)[0, 0][1] == 1 and "scene 0 of val" in capsys.readouterr().err
+
+
+def test_no_code_in_a_checkpoint_is_run(tmp_path):
+    """A torn checkpoint, text, and a pickle that would run code are errors, and it is not run."""
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "evil"),)
@@ -2027,136 +2012,100 @@ def test_a_file_that_is_no_checkpoint_is_refused(tmp_path):
     demo(tmp_path, "--max_steps=1")
     path = tmp_path / "ckpt.pt"
     whole, saved = path.read_bytes(), torch.load(path, weights_only=True)
-    for content in (whole[:-100], b"hello", b"", saved["model"], [], saved | dict(log_bytes=Evil()),
-                    saved | dict(step="1"), saved | dict(step=-1), saved | dict(config=[]),
-                    saved | dict(config=dict(lr=torch.ones(2))), saved | dict(row=None)):
-        if isinstance(content, bytes):
-            path.write_bytes(content)
-        else:
-            torch.save(content, path)
-        with pytest.raises(InputError, match="ckpt.pt' is not a training checkpoint"):
+    torch.save(saved | dict(step=Evil()), path)
+    for content in path.read_bytes(), whole[:-100], b"hello":
+        path.write_bytes(content)
+        with pytest.raises((pickle.UnpicklingError, RuntimeError)):
             demo(tmp_path)
+        for flags in ["--bench=knn"], ["--bench=top1"]:
+            with pytest.raises(InputError, match="ckpt.pt"):
+                score(tmp_path, *flags, f"--ckpt={path}", "--data=shapes")
     assert not (tmp_path / "evil").exists()
-    first = next(iter(saved["model"]))
-    for weights, states in (
-            ({first: saved["model"][first] * math.nan}, {}), ({first: torch.ones(3)}, {}),
-            ({}, {0: saved["optimizer"]["state"][0] | dict(exp_avg=torch.ones(1))}),
-            ({}, {0: saved["optimizer"]["state"][0] | dict(exp_avg=5)}),
-            ({}, {0: dict(step=torch.ones(()))}), ({}, {0: {}})):
-        state = dict(state=saved["optimizer"]["state"] | states)
-        torch.save(saved | dict(model=saved["model"] | weights, optimizer=state), path)
-        with pytest.raises(InputError, match="does not fit this version of the code"):
-            demo(tmp_path)
-    flat = saved["optimizer"]["state"][0]["exp_avg"]
-    saved["optimizer"]["state"][0]["exp_avg"] = torch.zeros(1).expand(flat.shape)  # no memory
-    torch.save(saved, path)
-    (tmp_path / "log.jsonl").write_bytes((tmp_path / "log.jsonl").read_bytes()[:9])  # torn
-    assert [row["step"] for row in demo(tmp_path, "--max_steps=2")] == [2]
 
 
-def test_a_checkpoint_of_another_run_names_the_fields(tmp_path):
-    """Other values are an error that names them, and so is a list of images that changed. Flags of
-    the machine may change, and a field newer than the checkpoint had its default value."""
-    demo(tmp_path, "--max_steps=1")
-    with pytest.raises(InputError, match=r"lr \(0.004 there, 0.5 here\), model \(vit_d8 there, "):
-        demo(tmp_path, "--max_steps=2", "--lr=0.5", "--model=vit_t16")
-    saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)
-    del saved["config"]["bootstrap"]
-    torch.save(saved, tmp_path / "ckpt.pt")
-    rows = demo(tmp_path, "--max_steps=2", "--micro_batch=4", "--workers=1", "--save_every=7")
-    assert [row["step"] for row in rows] == [1, 2]
-    assert {*pretrain.FREE} <= vars(config()).keys() | vars(config(script=finetune)).keys()
-    photos, out = tmp_path / "photos", tmp_path / "again"
+def test_a_checkpoint_of_another_run_names_the_fields(tmp_path, classes3):
+    """Other values are an error that names them, and so are another number of images and other
+    classes, or another order of them. Flags of the machine may change, and the spelling of the
+    data's folder."""
+    photos, out, names = tmp_path / "photos", tmp_path / "out", tmp_path / "names.txt"
     save_images(photos, 20)
     demo(out, f"--data={photos}", "--max_steps=1")
-    for inside in photos, photos / "run":
-        with pytest.raises(InputError, match="lies among the images"):
-            demo(inside, f"--data={photos}")
-    (photos / "003.jpg").rename(photos / "x.jpg")
-    with pytest.raises(InputError, match="differs in hash of their names"):
-        demo(out, f"--data={photos}", "--max_steps=2")
-    (photos / "x.jpg").unlink()
-    with pytest.raises(InputError, match=r"number of images \(18 there, 17 here\)"):
-        demo(out, f"--data={photos}", "--max_steps=2")
+    with pytest.raises(InputError, match=r"lr \(0.004 there, 0.5 here\), model \(vit_d8 there, "):
+        demo(out, f"--data={photos}", "--max_steps=2", "--lr=0.5", "--model=vit_t16")
+    rows = demo(out, f"--data={tmp_path}/out/../photos/", "--max_steps=2", "--micro_batch=4",
+                "--workers=1", "--save_every=7")
+    assert [row["step"] for row in rows] == [1, 2]
+    assert {*pretrain.FREE} <= vars(config()).keys() | vars(config(script=finetune)).keys()
+    (photos / "003.jpg").unlink()
+    with pytest.raises(InputError, match=r"images \(18 there, 17 here\)"):
+        demo(out, f"--data={photos}", "--max_steps=3")
+    for order, error in ("ant bee cat", False), ("ant cat bee", True), ("ant bee", True):
+        names.write_text("\n".join(order.split()))
+        flags = f"--classes={names}", "--max_steps=1"
+        if error:
+            with pytest.raises(InputError, match="classes"):
+                tune(tmp_path / "run", classes3, *flags)
+        else:
+            tune(tmp_path / "run", classes3, *flags)
 
 
-def test_labels_that_changed_are_refused(tmp_path, classes3):
-    """A head that learned the classes in one order does not go on with another order, nor with a
-    class folder that has another name."""
-    names = tmp_path / "names.txt"
-    for order, words in (("ant bee cat", None), ("ant cat bee", r"class 1 \(bee there, cat here"),
-                         ("ant bee", r"class 2 \(cat there, None here")):
-        names.write_text("\ufeff" + "\n".join(order.split()), encoding="utf-8")
-        with pytest.raises(InputError, match=words) if words else contextlib.nullcontext():
-            tune(tmp_path / "run", classes3, f"--classes={names}", "--max_steps=1")
-
-
-@pytest.mark.parametrize("lr, step, save_every, kept", [
-    ("1e15", 2, 0, None), ("1e15", 2, 1, 1), ("1e30", 1, 1, None), ("1e30", 1, 0, None)])
-def test_a_loss_that_is_not_finite_stops_with_its_step(lr, step, save_every, kept, tmp_path):
-    """The next row or checkpoint ends the run and names the step whose gradient was not finite. The
-    checkpoint of a step before is not overwritten. An update that makes the weights useless, whose
-    own gradient was finite, is neither saved nor measured."""
-    with pytest.raises(InputError, match=f"not finite at step {step} "):
-        demo(tmp_path, f"--lr={lr}", "--warmup_epochs=0", f"--max_steps={20 if kept else 2}",
-             "--log_every=7", f"--save_every={save_every}")
-    saved = pretrain.load_checkpoint(tmp_path / "ckpt.pt")
-    assert (saved and saved["step"]) == kept and not (tmp_path / "encoder.pt").exists()
-    assert [row["step"] for row in read_log(tmp_path)] == [1][:step - 1]
+def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path):
+    """The next row or checkpoint ends the run and names its step; the checkpoint of a step before
+    is not overwritten."""
+    with pytest.raises(InputError, match="step 2: .* not finite"):
+        demo(tmp_path, "--lr=1e15", "--warmup_epochs=0", "--log_every=7", "--save_every=1")
+    assert pretrain.load_checkpoint(tmp_path / "ckpt.pt")["step"] == 1
+    assert [row["step"] for row in read_log(tmp_path)] == [1]
+    assert not (tmp_path / "encoder.pt").exists()
 
 
 def test_a_run_leaves_what_the_design_says(tmp_path):
-    """The first and the last step are logged, and all rows have the same fields; skill is null
-    where held-out images were not looked at. The first loss is ln 2. config.json names the encoder
-    that is in encoder.pt."""
+    """The first and the last step are logged; measures stand in the rows where held-out images were
+    looked at. The first loss is ln 2. config.json names the encoder that is in encoder.pt."""
     rows = demo(tmp_path, "--max_steps=5", "--log_every=3", "--eval_every=4")
-    assert [(row["step"], row["skill"] is None) for row in rows] == [
-        (1, True), (3, True), (4, False), (5, False)]
-    assert all(row.keys() == {"step", "epoch", "loss", "lr", "images_per_s", "data_wait", "tau",
-                              "grad_norm", *pretrain.HeldOut.MEASURES} for row in rows)
+    keys = {"step", "epoch", "loss", "lr", "images_per_s", "data_wait", "tau", "grad_norm"}
+    more = {"heldout_loss", "baseline", "skill", "skill_swapped", "iou", "iou_average", "n"}
+    assert [(row["step"], row.keys() - keys) for row in rows] == [
+        (1, set()), (3, set()), (4, more), (5, more)]
+    assert all(keys <= row.keys() for row in rows)
     assert rows[0]["loss"] == pytest.approx(math.log(2), rel=0.02)
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {
-        "config.json", "log.jsonl", "ckpt.pt", "encoder.pt", "maps.png", "lock", "maps",
-        "maps/0000000.png", "maps/0000004.png", "maps/0000005.png"}
+        "config.json", "log.jsonl", "ckpt.pt", "encoder.pt", "target.pt", "maps.png", "lock",
+        "maps", "maps/0000004.png", "maps/0000005.png"}
     name = json.loads((tmp_path / "config.json").read_text())["model"]
     model.build_encoder(name).load_state_dict(encoder_of(tmp_path))
 
 
 def test_crop_is_a_command(tmp_path, monkeypatch):
-    """`python crop.py PHOTO` writes a contact sheet; a file that is no photo is one sentence.
-    `--bench FOLDER` measures the contexts a second of one core."""
-    photo, fake, sheet = (str(tmp_path / name) for name in ("000.jpg", "fake", "sheet.png"))
+    """`python crop.py PHOTO` writes a contact sheet; a file that is no photo is one sentence."""
     save_images(tmp_path, 1, size=(300, 200))
-    monkeypatch.setattr(sys, "argv", ["crop.py", photo, f"--out={sheet}"])
+    sheet = tmp_path / "sheet.png"
+    monkeypatch.setattr(sys, "argv", ["crop.py", f"{tmp_path}/000.jpg", f"--out={sheet}"])
     crop.main()
     assert Image.open(sheet).width > 1000
-    shutil.copy(crop.__file__, fake)
-    result = command("crop.py", fake)
-    assert result.returncode == 1 and re.fullmatch("crop.py: cannot read .*\n", result.stderr)
-    report = crop.bench(str(tmp_path), seconds=0.05, rounds=3)
-    assert report["slowest"] <= report["images_per_s"] <= report["fastest"]
-    assert report["n"] == 2 and report["context_size"] == 160
+    monkeypatch.setattr(sys, "argv", ["crop.py", crop.__file__])
+    with pytest.raises(SystemExit, match="cannot read"):
+        crop.main()
 
 
-@pytest.mark.parametrize("script, flags", [
-    (pretrain, TINY), (pretrain, [*TINY, "--data=none"]),
-    (finetune, ["--recipe=demo", "--init=scratch", "--data=none", "--batch_size=8", *PLAIN])])
-def test_bench_prints_one_json_line(script, flags, tmp_path, capsys):
+@pytest.mark.parametrize("data", ["shapes", "none"])
+def test_bench_prints_one_json_line(data, tmp_path, capsys):
     """--bench ends with one JSON object on standard output, kept as bench.json, whose numbers fit
-    together; nothing else is written. --data=none feeds noise without waiting for it."""
-    script.main([*flags, "--bench=2", f"--out={tmp_path}"])
+    together; the files of a run in its folder stay. --data=none feeds noise without waiting."""
+    demo(tmp_path, "--max_steps=1")
+    before = {f: f.read_bytes() for f in tmp_path.rglob("*.*")}
+    pretrain.main([*TINY, f"--data={data}", "--bench=2", f"--out={tmp_path}"])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert os.listdir(tmp_path) == ["bench.json"]
     assert json.loads((tmp_path / "bench.json").read_text()) == report
-    assert (report["bench"], report["n"], report["processes"]) == (script.__name__, 2, 1)
-    assert report["step_s_p10"] <= report["step_s"] <= report["step_s_p90"]
-    rate, reached = report["images_per_s"], report["matmul_tflops"]
-    assert rate == pytest.approx(8 / report["step_s"], rel=0.01)
-    tflops = report["gflop_per_image"] * rate / 1e3
-    assert report["tflops_per_process"] == pytest.approx(tflops, rel=0.01, abs=1e-4)
-    assert report["share_of_matmul"] == pytest.approx(tflops / reached, rel=0.02, abs=1e-3)
-    assert tflops < 1.5 * reached and 0.1 < report["peak_memory_gb"] < 30
-    assert report["data_wait"] < 0.1 or "--data=none" not in flags
+    (tmp_path / "bench.json").unlink()
+    assert before == {f: f.read_bytes() for f in tmp_path.rglob("*.*")}
+    assert (report["bench"], report["n"], report["processes"]) == ("pretrain", 2, 1)
+    assert report["images_per_s"] == pytest.approx(8 / report["step_s"])
+    gflop = pretrain.gflop_per_image(config(*TINY))
+    assert report["tflops"] == pytest.approx(gflop * report["images_per_s"] / 1e3)
+    assert report["share_of_matmul"] < 1.5 and 0.1 < report["peak_memory_gb"] < 30
+    assert (report["device"][:3], report["dtype"], report["compile"]) == ("cpu", "float32", False)
+    assert report["data_wait"] < (1 if data == "shapes" else 0.3)
 
 
 def test_every_command_of_the_readme_parses():
@@ -2177,14 +2126,6 @@ def test_every_command_of_the_readme_parses():
             assert any(names <= vars(config(script=s)).keys() for s in scripts.values()), flags
 
 
-def test_flags_beat_presets_and_both_spellings_work():
-    """Flag, preset, default, in this order; pairs by space or comma, fractions, switches."""
-    cfg = config("--preset", "demo", "--lr", "0.5", "--ratio", "1/4", "4", "--scale=0.1,0.2",
-                 "--freeze_patch_embed", "--flip=0")
-    assert (cfg.lr, cfg.ratio, cfg.scale, cfg.flip) == (0.5, (0.25, 4.0), (0.1, 0.2), 0.0)
-    assert cfg.freeze_patch_embed is True and cfg.data == "shapes"
-
-
 # ------------------------------------------------------------------- 12. compilation and GPUs
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device here")
@@ -2203,7 +2144,7 @@ def alone():
     torch._dynamo.reset()
 
 
-def test_ddp_compiles_each_block_once(alone, monkeypatch, capsys):
+def test_ddp_compiles_each_block_once(alone, monkeypatch):
     """DDP's own splitter would cut a block of ViT-B, 28 MB, where a bucket of 25 MB ends; one
     process shows on how many graphs eight would run."""
     from torch._dynamo.testing import CompileCounter
@@ -2214,18 +2155,15 @@ def test_ddp_compiles_each_block_once(alone, monkeypatch, capsys):
     blocks = nn.Sequential(*(model.Block(768) for _ in range(2)))
     x = torch.randn(1, 2, 768, requires_grad=True)
     pretrain.accelerate(blocks, machine)(x).sum().backward()
-    assert counter.frame_count == 1 and "compiled 2 Block" in capsys.readouterr().out
+    assert counter.frame_count == 1
 
 
-def test_a_resnet_with_synchronised_batchnorm_is_not_compiled(capsys):
-    """SyncBatchNorm breaks the graph at each of 53 layers, so accelerate leaves it and says so;
-    without it the network is one graph."""
-    for convert, words in ((nn.SyncBatchNorm.convert_sync_batchnorm, "compiled nothing: Sync"),
-                           (nn.Identity(), "compiled 1 ResNet50")):
+def test_a_resnet_with_synchronised_batchnorm_is_not_compiled():
+    """SyncBatchNorm breaks the graph at each of 53 layers; without it the network is one graph."""
+    for convert in nn.SyncBatchNorm.convert_sync_batchnorm, nn.Identity():
         net = convert(model.ResNet50())
         pretrain.accelerate(net, dataclasses.replace(CPU, compile=True))
-        assert (net._compiled_call_impl is None) == ("nothing" in words)
-        assert words in capsys.readouterr().out
+        assert (net._compiled_call_impl is None) == (convert != nn.Identity())
 
 
 def test_compiled_hue_equals_eager():
@@ -2265,47 +2203,6 @@ def test_make_pairs_is_one_graph_that_does_not_depend_on_the_numbers():
         for a, b in zip(pairs(contexts, u, cfg), pretrain.make_pairs(contexts, u, cfg)):
             assert torch.equal(a, b)
     assert counter.frame_count == 1
-
-
-@pytest.mark.parametrize("text, words", [("no compiler\nand more", "no compiler"),
-                                         ("", "RuntimeError")])
-def test_compilation_falls_back_where_it_is_not_asked_for(text, words, monkeypatch, capsys):
-    """Without Triton or a C compiler `auto` goes on with one sentence, and `true` is an error."""
-    def fail(*_, **__):
-        raise RuntimeError(text)
-
-    monkeypatch.setattr(torch, "compile", fail)
-    assert pretrain.can_compile("auto", types.SimpleNamespace(type="cpu")) is False
-    assert not capsys.readouterr().err
-    assert pretrain.can_compile("auto", types.SimpleNamespace(type="cuda")) is False
-    assert f"does not work here ({words}); going on" in capsys.readouterr().err
-    with pytest.raises(InputError, match="--compile=true: torch.compile does not work"):
-        pretrain.setup_machine("cpu", "float32", "true")
-
-
-@pytest.mark.parametrize("gpus, rank, local, index", [
-    (8, 3, 8, 3), (1, 0, 1, 0), (1, 3, 4, 0), (2, 1, 4, None), (2, 3, 1, None)])
-def test_each_process_takes_its_gpu(gpus, rank, local, index, monkeypatch):
-    """LOCAL_RANK numbers the GPUs, unless a launcher shows each process one alone."""
-    monkeypatch.setenv("LOCAL_RANK", str(rank))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
-    for name, value in dict(is_available=True, current_accelerator=torch.device("cuda")).items():
-        monkeypatch.setattr(torch.accelerator, name, lambda value=value: value)
-    for name, value in dict(device_count=gpus, set_device=None,
-                            get_device_capability=(9, 0)).items():
-        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
-    with contextlib.nullcontext() if index is not None else pytest.raises(InputError, match="GPUs"):
-        machine = pretrain.setup_machine(compile="false")
-        assert (machine.device, machine.dtype) == (torch.device("cuda", index), "bfloat16")
-
-
-@pytest.mark.parametrize("gigabytes, micro", [(16, 128), (24, 128), (80, 512)])
-def test_the_micro_batch_of_a_gpu_fits_its_memory(gigabytes, micro, monkeypatch):
-    """About 100 MB for each context; of the numbers that divide a batch of 4096 the largest."""
-    memory = types.SimpleNamespace(total_memory=gigabytes * 10**9)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: memory)
-    machine = dataclasses.replace(CPU, device=torch.device("cuda", 0))
-    assert pretrain.make_plan(config(), machine, 20_000).micro == micro
 
 
 @gpu
@@ -2351,7 +2248,7 @@ def test_attention_on_a_gpu_is_exact_to_its_rounding(n, m, d):
 def test_one_process_under_nccl_equals_one_without(alone):
     """DDP, accumulation over two micro-batches and compiled blocks give the same gradients."""
     alone("nccl")
-    plain = pretrain.setup_machine("cuda", "float32", "true")
+    plain = dataclasses.replace(CPU, device=torch.device("cuda", 0), compile=True)
     cfg, grads = config(*TINY), []
     for machine in plain, dataclasses.replace(plain, world=2):
         cim, _ = pretrain.build(cfg, machine)
