@@ -1970,7 +1970,8 @@ def test_unreadable_images_are_replaced_and_named(tmp_path, capfd):
     for workers in ("--workers=0", "--workers=1"):
         demo(tmp_path / workers, f"--data={tmp_path}", "--max_steps=9", workers)
         warnings = capfd.readouterr().err
-        assert all(warnings.count(f"{k}.jpg' (") == 1 for k in ("003", "004", "011")), warnings
+        for name in "003", "004", "011":
+            assert warnings.count(f"cannot read '{train / name}.jpg'") == 1, warnings
     context, number = samples(crop.Folder(str(train)), 36, 32)[0, 3]
     with Image.open(train / "005.jpg") as image:
         expected = crop.cut_context(image, np.random.default_rng((0, 3, 0, 3)), 32)
@@ -2004,7 +2005,7 @@ def test_an_error_of_the_disk_is_tried_again(monkeypatch, capsys):
 
 
 def test_no_code_in_a_checkpoint_is_run(tmp_path):
-    """A torn checkpoint, text, and a pickle that would run code are errors, and it is not run."""
+    """A torn checkpoint and a pickle that would run code are errors, and it is not run."""
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "evil"),)
@@ -2013,13 +2014,12 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path):
     path = tmp_path / "ckpt.pt"
     whole, saved = path.read_bytes(), torch.load(path, weights_only=True)
     torch.save(saved | dict(step=Evil()), path)
-    for content in path.read_bytes(), whole[:-100], b"hello":
+    for content in path.read_bytes(), whole[:-100]:
         path.write_bytes(content)
         with pytest.raises((pickle.UnpicklingError, RuntimeError)):
             demo(tmp_path)
-        for flags in ["--bench=knn"], ["--bench=top1"]:
-            with pytest.raises(InputError, match="ckpt.pt"):
-                score(tmp_path, *flags, f"--ckpt={path}", "--data=shapes")
+        with pytest.raises(InputError, match="ckpt.pt"):
+            score(tmp_path, "--bench=knn", f"--ckpt={path}", "--data=shapes")
     assert not (tmp_path / "evil").exists()
 
 
@@ -2160,10 +2160,11 @@ def test_ddp_compiles_each_block_once(alone, monkeypatch):
 
 def test_a_resnet_with_synchronised_batchnorm_is_not_compiled():
     """SyncBatchNorm breaks the graph at each of 53 layers; without it the network is one graph."""
-    for convert in nn.SyncBatchNorm.convert_sync_batchnorm, nn.Identity():
-        net = convert(model.ResNet50())
+    for synchronised in False, True:
+        net = model.ResNet50()
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if synchronised else net
         pretrain.accelerate(net, dataclasses.replace(CPU, compile=True))
-        assert (net._compiled_call_impl is None) == (convert != nn.Identity())
+        assert (net._compiled_call_impl is None) == synchronised
 
 
 def test_compiled_hue_equals_eager():
