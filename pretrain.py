@@ -633,10 +633,10 @@ class Batches:
 
     def __iter__(self):
         for batch in self.loader:
-            if self.signals:
-                return
             if batch:
                 yield self.machine.send(batch[0]), batch[1]
+            if self.signals:
+                return
 
 
 # ------------------------------------------------------------------------ 10. checkpoint and log
