@@ -527,11 +527,6 @@ class Machine:
             for tensor in tensors:
                 dist.all_reduce(tensor)
 
-    def mean(self, value):
-        """The mean over the processes of a scalar tensor, as a float."""
-        self.sum(value)
-        return value.item() / self.world
-
     def max(self, number):
         """The largest of an integer over the processes, which wait here for each other."""
         if self.world == 1:
@@ -740,11 +735,13 @@ class Run:
         saves = asked or done == self.plan.stop or done % cfg.save_every == 0
         if not saves and not self.is_logged(done):
             return
+        machine.sum(loss)
+        loss, grad_norm = loss.item() / machine.world, grad_norm.item()
         seconds = time.perf_counter() - self.began
-        self.row = dict(step=done, epoch=done / self.plan.per_epoch, loss=machine.mean(loss), lr=lr,
-                        grad_norm=grad_norm.item(), **more, data_wait=self.waited / seconds,
+        self.row = dict(step=done, epoch=done / self.plan.per_epoch, loss=loss, lr=lr, **more,
+                        grad_norm=grad_norm, data_wait=self.waited / seconds,
                         images_per_s=(done - self.since) * cfg.batch_size / seconds)
-        if not math.isfinite(self.row["loss"] + self.row["grad_norm"]):
+        if not math.isfinite(loss + grad_norm):
             raise InputError(f"step {done}: the loss or its gradient is not finite. Try a lower "
                              "--lr and another --out")
         if saves:
