@@ -54,7 +54,7 @@ class Config:
     eps: number = 1.0  # largest change of a pixel in 255ths (fgsm, pgd)
     step: number = 0.5  # change of a pixel in one step, in 255ths (pgd)
     steps: int = 5  # steps of the attack (pgd)
-    pictures: int = 4  # images to paint (maps, miou)
+    pictures: int = 4  # images to paint (miou; maps: 16 at most)
     seed: int = 0  # of an untrained encoder, a split without val/ (knn) and random starts (pgd)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto takes a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the chip has it
@@ -73,6 +73,9 @@ def main(argv=None):
     cfg = parse_config(Config, {}, argv, __doc__.split("\n")[0])
     began = time.perf_counter()
     with setup_machine(cfg) as machine:
+        if cfg.data == "imagenette":
+            with machine.first():  # it may have to be downloaded
+                crop.open_images(cfg.data, "val")
         result = BENCHES[cfg.bench](cfg, machine)
         report = json.dumps(dict(bench=cfg.bench, **result, ckpt=cfg.ckpt, data=cfg.data,
                                  seconds=time.perf_counter() - began, dtype=machine.dtype))
@@ -97,21 +100,22 @@ def load_model(cfg, machine, segments=False):
     return model.to(machine.device).eval(), saved
 
 
-def rows_to_score(cfg, recipe, machine):
+def rows_to_score(cfg, recipe, machine, held_out=None):
     """-> (a source, the numbers of its images to score): val/ of a folder, or where there is none
-    the images that the run of `recipe` held out if it was trained on this folder, else all."""
-    def there(split):
-        return os.path.isdir(os.path.join(cfg.data, split))
-
-    classes = crop.read_classes(cfg.classes)
-    known = os.path.realpath(cfg.data) == os.path.realpath(recipe.data)
-    if known and not (there("train") and there("val")) and cfg.data not in crop.BUILT_IN:
-        _, (source, rows), _ = crop.train_and_val(cfg.data, recipe.seed, classes)
+    the images that the run of `recipe` held out, `held_out` at most, if it was trained on this
+    folder, else all. Raises InputError for --classes that would change what was held out."""
+    splits = [os.path.isdir(os.path.join(cfg.data, split)) for split in ("train", "val")]
+    same = os.path.realpath(cfg.data) == os.path.realpath(recipe.data)
+    if same and not all(splits) and cfg.data not in crop.BUILT_IN:
+        if cfg.classes not in ("", recipe.classes):
+            raise InputError("--classes has to be that of the run, which held images out of these")
+        _, (source, rows), _ = crop.train_and_val(
+            cfg.data, recipe.seed, crop.read_classes(recipe.classes), held_out)
         machine.say(f"{len(rows)} images that the run held out of {cfg.data}")
     else:
-        source = crop.open_images(cfg.data, "val", classes)
+        source = crop.open_images(cfg.data, "val", crop.read_classes(cfg.classes))
         rows = list(range(len(source)))
-        machine.say(f"all {len(rows)} images of {cfg.data}{'/val' if there('val') else ''}")
+        machine.say(f"all {len(rows)} images of {cfg.data}{'/val' if splits[1] else ''}")
     return source, rows
 
 
@@ -148,6 +152,8 @@ def normalised_features(model, images, count, machine):
                 features = model.features(crop.normalize(x.float() / 255))
             table[machine.send(numbers)] = F.normalize(features.float())
     machine.sum(table)
+    if not table.isfinite().all():
+        raise InputError(f"the features of {count} images are not finite")
     seen = table.any(1)  # the rows of other images are 0
     return table[seen], seen.nonzero().squeeze(1).cpu()
 
@@ -232,7 +238,8 @@ def folder_accuracy(model, saved, folder, cfg, machine, ratio, only_these=False)
     source, among = crop.open_images(folder, "val", crop.read_classes(cfg.classes)), None
     labels, rows = labelled_rows(source, range(len(source)), saved["classes"], folder)
     if only_these:
-        among, labels = labels.unique(return_inverse=True)
+        among = labels[rows].unique()
+        labels = torch.searchsorted(among, labels)
     crops = centre_crops(source, rows, saved["config"].test_size, ratio)
     score = accuracy(model, Batches(crops, machine, cfg.workers), labels, machine, among)
     return score, len(source.classes)
@@ -313,14 +320,14 @@ def miou(cfg, machine):
 def maps(cfg, machine):
     """How well a pre-trained model finds exemplars in images; figures.png."""
     saved = load_checkpoint(cfg.ckpt)
-    if saved is None or "decoder" not in saved["config"]:
+    if saved is None or "decoder" not in saved.get("config", ()):
         raise InputError(f"--bench=maps takes the ckpt.pt of a pre-training run, not {cfg.ckpt!r}")
     recipe = pretrain.Config(**saved["config"])
     cim = pretrain.build_model(recipe)
     cim.load_state_dict(saved["model"])
-    source, rows = rows_to_score(cfg, recipe, machine)
+    source, rows = rows_to_score(cfg, recipe, machine, pretrain.HELD_OUT)
     rows = np.random.default_rng(recipe.seed).permutation(rows).tolist()  # for varied pictures
-    held_out = pretrain.HeldOut(source, rows, recipe, machine, keep=False)
+    held_out = pretrain.HeldOut(source, rows, recipe, machine, cfg.workers, keep=False)
     score = held_out.evaluate(cim.to(machine.device))
     if machine.rank == 0:
         held_out.paint(cim, f"{folder_of(cfg)}/figures.png", cfg.pictures)

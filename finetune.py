@@ -40,7 +40,7 @@ from torchvision.transforms import v2
 import crop
 from crop import InputError
 from model import ENCODERS, Classifier, Segmenter, resize_positions
-from pretrain import (Batches, Run, accelerate, at_work, learning_rate, load_checkpoint,
+from pretrain import (Batches, Progress, accelerate, at_work, learning_rate, load_checkpoint,
                       make_loader, make_plan, measuring, micro_batches, number, pair,
                       parameter_groups, parse_config, run, save_file, setup_machine, switch)
 
@@ -342,9 +342,9 @@ def train(cfg, machine, signals):
         crops = centre_crops(val, val_rows, cfg.test_size, cfg.test_crop)
         val_batches = Batches(crops, machine, cfg.workers, 64, signals)
         measure = partial(accuracy, model, val_batches, torch.tensor(val.labels), machine)
-    life = Run(cfg, machine, plan, data, model, optimizer, signals, lambda step: measure(),
-               cfg.eval_epochs * plan.per_epoch)
-    start = life.resume()
+    progress = Progress(cfg, machine, plan, data, model, optimizer, signals,
+                        lambda step: measure(), cfg.eval_epochs * plan.per_epoch)
+    start = progress.resume()
     wrapped = accelerate(model, machine)  # what the loop calls; model has the same weights
     parameters = [p for p in model.parameters() if p.requires_grad]
     batches = micro_batches(cfg, plan, machine.rank, range(start, plan.stop), cfg.repeats)
@@ -357,7 +357,7 @@ def train(cfg, machine, signals):
             group["lr"] = lr * group["scale"]
         loss = 0
         for k in range(plan.accumulate):
-            images, numbers = life.fetch(loader)
+            images, numbers = progress.fetch(loader)
             draws = np.random.SeedSequence((cfg.seed, 7, step, k, machine.rank))  # stream 7
             torch.manual_seed(int(draws.generate_state(1, np.uint64)[0]))
             with machine.accumulating(wrapped, last=k == plan.accumulate - 1):
@@ -368,14 +368,11 @@ def train(cfg, machine, signals):
         optimizer.step()
         optimizer.zero_grad()
 
-        life.after(step + 1, loss, lr, grad_norm)
+        progress.after(step + 1, loss, lr, grad_norm)
 
-    score = life.row
-    if not machine.max("n" in score):  # the step that it ends at was not the last one before
-        score = score | measure()
     if machine.rank == 0:
-        save_model(f"{cfg.out}/model.pt", model, cfg, source.classes, score)
-        print(f"finished after {score['step']} steps: {cfg.out}/model.pt", flush=True)
+        save_model(f"{cfg.out}/model.pt", model, cfg, source.classes, progress.row)
+        print(f"finished after {progress.row['step']} steps: {cfg.out}/model.pt", flush=True)
 
 
 # ----------------------------------------------------------------------------------- 6. weights

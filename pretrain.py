@@ -290,6 +290,9 @@ def mean_map(cfg, machine):
     return mean.clamp(1e-4, 1 - 1e-4)
 
 
+HELD_OUT = 256  # images at most
+
+
 class HeldOut:
     """Fixed images with fixed crops, never trained on.
 
@@ -300,18 +303,17 @@ class HeldOut:
     3. iou: of the maps at a probability of 0.5, in percent; iou_average is its control, the IoU of
     the average map at the threshold that is best for it."""
 
-    def __init__(self, source, indices, cfg, machine, keep=True):
+    def __init__(self, source, indices, cfg, machine, workers=0, keep=True):
         """keep: hold the images in memory, as training does, or else read them each time."""
-        images = Batches(contexts_of(source, indices, cfg, replace=False), machine, batch=16,
-                         workers=0 if keep else cfg.workers)
+        images = Batches(contexts_of(source, indices, cfg, replace=False), machine, workers, 16)
         self.cfg, self.machine, self.images = cfg, machine, list(images) if keep else images
         self.row = {j: i for i, j in enumerate(indices)}
         self.u = uniforms(cfg, (5,), len(indices))
         self.mean_map = mean_map(cfg, machine)
 
     def predict(self, cim, contexts, numbers):
-        """-> context, exemplars, maps, theta; the logits; those with the exemplars of the image
-        before in the batch."""
+        """-> the pairs (context, exemplars, maps, theta); the logits; the logits that the exemplars
+        of another image of the batch give."""
         u = self.machine.send(self.u[[self.row[j] for j in numbers.tolist()]])
         pairs = make_pairs(contexts, u, self.cfg)
         with measuring(cim, self.machine):
@@ -322,7 +324,8 @@ class HeldOut:
         """-> a dict of measures, the same for any number of processes."""
         thresholds = torch.linspace(0.02, 0.98, 49, device=self.mean_map.device)
         averages = (self.mean_map > thresholds[:, None, None]).float()  # [T, m, m]
-        sums = torch.zeros(5 + len(averages), device=self.mean_map.device)
+        sums = torch.zeros(5 + len(averages), device=self.mean_map.device)  # n, and means below
+        self.machine.share_buffers(cim)
         for contexts, numbers in self.images:
             (_, _, maps, _), logits, swapped = self.predict(cim, contexts, numbers)
             both = maps.flatten(2) @ averages.flatten(1).T  # [B, K, T]: pixels in box and average
@@ -333,6 +336,9 @@ class HeldOut:
             sums += len(maps) * torch.stack([maps.new_ones(()), *means])
         self.machine.sum(sums)
         n, *means = sums.tolist()
+        if n < 2 or not math.isfinite(sum(means)):
+            raise InputError("held-out images: fewer than two can be read" if n < 2 else
+                             "the model's outputs for held-out images are not finite")
         loss, swapped, baseline, iou, *averages = (x / n for x in means)
         return dict(heldout_loss=loss, baseline=baseline, skill=1 - loss / baseline,
                     skill_swapped=1 - swapped / baseline, iou=100 * iou,
@@ -340,7 +346,7 @@ class HeldOut:
 
     def paint(self, cim, path, count=4):
         """A contact sheet of the first images with predicted maps (Figures 5, 6)."""
-        contexts, numbers = next(iter(self.images))
+        contexts, numbers = next(iter(self.images))  # 16 images
         pairs, logits, _ = self.predict(cim, contexts[:count], numbers[:count])
         sheet = crop.contact_sheet(*(x.cpu() for x in (*pairs, logits)))
         save_file(path, lambda f: sheet.save(f, "PNG"))
@@ -391,10 +397,10 @@ def main(argv=None):
 
 
 def train(cfg, machine, signals):
-    """signals: a list that grows when the run is asked to stop."""
+    """From the images to encoder.pt. signals: a list that grows when the run is asked to stop."""
     with machine.first():  # Imagenette may have to be downloaded
         (source, indices), validation, sentence = crop.train_and_val(
-            cfg.data, cfg.seed, crop.read_classes(cfg.classes), held_out=256)
+            cfg.data, cfg.seed, crop.read_classes(cfg.classes), HELD_OUT)
     machine.say(f"data     {cfg.data}: {sentence}")
     plan = make_plan(cfg, machine, len(indices))
     if cfg.bench:
@@ -403,14 +409,15 @@ def train(cfg, machine, signals):
     cim, optimizer = build(cfg, machine)
 
     def measure(done):
+        score = held_out.evaluate(cim)
         if machine.rank == 0:
             held_out.paint(cim, f"{cfg.out}/maps.png")
             held_out.paint(cim, f"{cfg.out}/maps/{done:07d}.png", count=1)
-        return held_out.evaluate(cim)
+        return score
 
-    life = Run(cfg, machine, plan, dict(images=len(indices)), cim, optimizer, signals, measure,
-               cfg.eval_every)
-    start = 0 if cfg.bench else life.resume()
+    progress = Progress(cfg, machine, plan, dict(images=len(indices)), cim, optimizer, signals,
+                        measure, cfg.eval_every)
+    start = 0 if cfg.bench else progress.resume()
     wrapped = accelerate(cim, machine)  # what the loop calls; cim has the same weights
     make = make_pairs
     if machine.compile:
@@ -425,11 +432,11 @@ def train(cfg, machine, signals):
         lr = learning_rate(step, plan.total, plan.peak, plan.warmup)
         tau = target_decay(step, plan.total, cfg.tau)
         for group in optimizer.param_groups:
-            group["lr"] = lr * group["scale"]
+            group["lr"] = lr * group["scale"]  # which parameter_groups has set
         loss = 0
         mine = u.chunk(machine.world)[machine.rank]
         for k, rows in enumerate(mine.split(plan.micro)):
-            contexts, _ = life.fetch(loader)
+            contexts, _ = progress.fetch(loader)
             context, exemplars, maps, _ = make(machine.send(contexts), machine.send(rows), cfg)
             with machine.accumulating(wrapped, last=k == plan.accumulate - 1):
                 with machine.autocast():
@@ -443,17 +450,17 @@ def train(cfg, machine, signals):
         cim.update_target(tau)
         u = uniforms(cfg, (4, step + 1), cfg.batch_size)  # the next ones, while a GPU is at work
         if cfg.bench:
-            life.tick()
+            progress.tick()
         else:  # log, measure, save, stop where it is time
-            life.after(step + 1, loss, lr, grad_norm, tau=tau)
+            progress.after(step + 1, loss, lr, grad_norm, tau=tau)
 
     if cfg.bench:
-        return bench_report(cfg, machine, life.ticks)
+        return bench_report(cfg, machine, progress.ticks)
     if machine.rank == 0:
         for name, encoder in (("encoder", cim.online), ("target", cim.target)):
             save_file(f"{cfg.out}/{name}.pt", lambda f: torch.save(encoder.state_dict(), f))
         recipe = "--recipe=demo " if cfg.preset == "demo" else ""
-        print(f"finished after {life.row['step']} steps: {cfg.out}/encoder.pt, and its "
+        print(f"finished after {progress.row['step']} steps: {cfg.out}/encoder.pt, and its "
               f"average, target.pt. Look at {cfg.out}/maps.png. Next:\n"
               f"python evaluate.py --bench=maps --ckpt={cfg.out}/ckpt.pt --data={cfg.data}\n"
               f"python finetune.py {recipe}--init={cfg.out}/encoder.pt --data={cfg.data}")
@@ -490,8 +497,9 @@ def run(main):
         print(f"{os.path.basename(sys.argv[0])}: {reason}", file=sys.stderr, flush=True)
         sys.exit(1)
     finally:
-        for worker in multiprocessing.active_children():  # they ignore SIGTERM
+        if hasattr(signal, "SIGCHLD"):  # not on Windows
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader would complain
+        for worker in multiprocessing.active_children():  # they ignore SIGTERM
             worker.kill()
 
 
@@ -662,7 +670,7 @@ def load_checkpoint(path):
         return torch.load(path, map_location="cpu", weights_only=True)
 
 
-class Run:
+class Progress:
     """What both training scripts do between their steps: go on from a checkpoint, write the next
     one, measure, log, stop early, and keep the time.
 
@@ -674,7 +682,13 @@ class Run:
         self.model, self.optimizer = model, optimizer
         self.measure, self.eval_every = measure, eval_every
         fields = dict(dataclasses.asdict(cfg), dtype=machine.dtype, **data)
-        fields["data"] = os.path.realpath(cfg.data)  # however it is spelled
+        if cfg.data not in crop.BUILT_IN:
+            fields["data"] = os.path.realpath(cfg.data)  # however it is spelled
+            train = os.path.join(fields["data"], "train")
+            images = train if os.path.isdir(train) else fields["data"]
+            if os.path.realpath(cfg.out).startswith(os.path.join(images, "")):
+                raise InputError(f"--out {cfg.out!r} lies among the images of {cfg.data!r}: the "
+                                 "run's pictures would become data")
         fields = {name: value for name, value in fields.items() if name not in FREE}
         self.identity = json.loads(json.dumps(fields))  # what the run is a function of
         self.row, self.ticks, self.path = {}, [], os.path.join(cfg.out, "ckpt.pt")
@@ -696,17 +710,21 @@ class Run:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.row, done = saved["row"], saved["row"]["step"]
+        owed = 0
         if self.machine.rank == 0:
             with contextlib.suppress(FileNotFoundError, ValueError):  # no log; a torn row
                 for line in open(log):
                     if json.loads(line)["step"] <= done:
                         rows.append(json.loads(line))
+            last = rows[-1] if rows and rows[-1]["step"] == done else {}
+            owed = "n" not in last if self.is_measured(done) else not last
+            if owed and last:
+                rows.pop()
+            self.row = self.row if owed else last
             save_text(log, "".join(json.dumps(row) + "\n" for row in rows))
             save_text(f"{self.cfg.out}/config.json", json.dumps(dataclasses.asdict(self.cfg)))
-        if self.machine.max(rows[-1]["step"] if rows else 0) < done:
+        if self.machine.max(owed) and done:  # process 0 knows the log, but all have to measure
             self.report()
-        elif rows:
-            self.row = rows[-1]  # with its measures
         self.restart(done)
         return done
 
@@ -742,7 +760,7 @@ class Run:
                         grad_norm=grad_norm, data_wait=self.waited / seconds,
                         images_per_s=(done - self.since) * cfg.batch_size / seconds)
         if not math.isfinite(loss + grad_norm):
-            raise InputError(f"step {done}: the loss or its gradient is not finite. Try a lower "
+            raise InputError(f"by step {done} the loss or its gradient is not finite. Try a lower "
                              "--lr and another --out")
         if saves:
             self.save()
@@ -752,7 +770,7 @@ class Run:
         self.restart(done)
 
     def is_measured(self, done):
-        return done == self.plan.stop or done % self.eval_every == 0
+        return done >= self.plan.stop or done % self.eval_every == 0
 
     def is_logged(self, done):
         return done == 1 or done % self.cfg.log_every == 0 or self.is_measured(done)
@@ -806,8 +824,9 @@ STOPPED = 75  # exit status after one of them: EX_TEMPFAIL, the same command sho
 @contextlib.contextmanager
 def at_work(out, machine):
     """Lock the run's folder and catch STOPPERS until the end. -> a list to which a signal is added,
-    so that the loop can finish its step. A second signal, but for one within two seconds, which
-    torchrun may pass on, ends at once. Raises InputError where another run is at work."""
+    so that the loop can finish its step. A second signal ends at once, unless it comes within two
+    seconds: torchrun passes on what all processes may have got. Raises InputError where another run
+    is at work."""
     signals = []
 
     def note(number, _):

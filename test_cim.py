@@ -1302,12 +1302,13 @@ def test_a_linear_probe_trains_the_head_alone(classes3, tmp_path):
 
 def test_fine_tuning_goes_on_bit_for_bit(classes3, tmp_path, monkeypatch):
     """With everything random on, a run goes on after a signal and equals the whole. One that comes
-    during validation saves without finishing it: that is done again, and gives the same row."""
+    during validation saves without finishing it: that is done again, and gives the same row. So is
+    a last step that was no last step before, and was logged without a score."""
     flags = ["--mixup=0.8", "--cutmix=1", "--drop_path=0.5", "--randaugment_p=0.5",
              "--erasing=0.5", "--repeats=3", "--max_steps=4", "--eval_epochs=1"]
     whole, real, seen = tune(tmp_path / "a", classes3, *flags), crop.cut_centre, []
 
-    def interrupt(*args, **more):  # in the second batch of the validation after step 3
+    def interrupt(*args, **more):  # in the first batch of the validation after step 3
         seen.append(args)
         if len(seen) == 1:
             signal.raise_signal(signal.SIGTERM)
@@ -1326,6 +1327,10 @@ def test_fine_tuning_goes_on_bit_for_bit(classes3, tmp_path, monkeypatch):
         assert {**a, "images_per_s": 0, "data_wait": 0} == {**b, "images_per_s": 0, "data_wait": 0}
     a, b = (torch.load(tmp_path / x / "model.pt", weights_only=True)["weights"] for x in "ab")
     assert all(torch.equal(a[k], b[k]) for k in a)
+    plain = {k: v for k, v in whole[-1].items() if k not in ("top1", "top5", "val_loss", "n")}
+    rows = "".join(json.dumps(row) + "\n" for row in [*whole[:-1], plain])
+    (tmp_path / "a" / "log.jsonl").write_text(rows)
+    assert tune(tmp_path / "a", classes3, *flags) == whole
 
 
 def test_the_three_scripts_one_after_the_other(classes3, tmp_path):
@@ -1349,9 +1354,10 @@ def test_the_three_scripts_one_after_the_other(classes3, tmp_path):
         assert score(pre, *knn, *flags)["n"] == 69
 
 
-def test_a_run_is_scored_on_what_it_held_out(tmp_path):
+def test_a_run_is_scored_on_what_it_held_out(tmp_path, monkeypatch):
     """A folder without val/: its own run's slice is scored, n and score are that run's, however the
-    folder is spelled; another folder is scored whole. So are maps."""
+    folder is spelled and however large it is; another folder is scored whole. So are maps. Other
+    --classes than the run's would change the slice and are refused."""
     for place, count in ("own/ant", 30), ("own/bee", 30), ("other/ant", 4), ("other/bee", 5):
         save_images(tmp_path / place, count, seed=count)
     row = tune(tmp_path / "fine", tmp_path / "own", "--max_steps=2")[-1]
@@ -1362,6 +1368,13 @@ def test_a_run_is_scored_on_what_it_held_out(tmp_path):
         assert bench == "maps" or got["top1"] == pytest.approx(expected["top1"])
         assert got["n"] == expected["n"] == 3
         assert score(tmp_path, *flags, f"--data={tmp_path}/other")["n"] == 9
+        (tmp_path / "list").write_text("ant\nbee")
+        with pytest.raises(InputError, match="--classes"):
+            score(tmp_path, *flags, f"--data={tmp_path}/own", f"--classes={tmp_path}/list")
+    monkeypatch.setattr(crop, "open_images", lambda *_: crop.Shapes("train"))  # 16,000 images
+    cfg = config(f"--data={tmp_path / 'own'}", script=evaluate)
+    _, rows = evaluate.rows_to_score(cfg, config(f"--data={cfg.data}"), CPU, 256)
+    assert rows == crop.train_and_val(cfg.data, 0, None, 256)[1][1] and len(rows) == 256
 
 
 def test_blocks_of_any_drop_path_are_compiled_once():
@@ -1455,14 +1468,16 @@ def test_imagenet_c_reads_the_published_layout(tmp_path):
 
 
 def test_predictions_are_made_among_the_folders_only(tmp_path):
-    """ImageNet-A, -R, -Sketch: classes are found by name, those without a folder not predicted."""
+    """ImageNet-A, -R, -Sketch: classes are found by name, those without a folder not predicted. An
+    image beside the folders has no class, and one that cannot be read is left out."""
     names, among = ["dog", "ant", "cow", "bee"], ["bee", "cow", "dog"]
     net = save_classifier(tmp_path / "model.pt", names, seed=3)
     for k, name in enumerate(among):
         save_images(tmp_path / "r" / name, 8, seed=k)
     expected = predictions(net, tmp_path / "r", names, among=among)
     assert expected != predictions(net, tmp_path / "r", names)  # the protocol matters here
-    (tmp_path / "r" / "cow" / "zzz.jpg").write_text("no image")  # it is left out
+    (tmp_path / "r" / "cow" / "zzz.jpg").write_text("no image")
+    save_images(tmp_path / "r", 1)
     got = score(tmp_path, "--bench=imagenet_r", f"--ckpt={tmp_path}/model.pt",
                 f"--data={tmp_path}/r")
     assert got["imagenet_r"] == pytest.approx(expected, abs=1e-3) and got["n"] == 24
@@ -1916,7 +1931,9 @@ def odd(tmp_path_factory):
         ("--epochs=many", "--epochs"), ("--scale=0.5", "--scale"), ("--compile=maybe", "--compile"),
         ("--context_size=150", "multiple of 8"), ("--decoder_width=100", "multiple of 32"),
         ("--scale=0.4,1", "0.300"), ("--data=/no/such", "/no/such"), ("--out=", "--out"),
-        ("--classes=/no/list", "/no/list"), ("--batch_size=30000", "at most 16000")]),
+        ("--classes=/no/list", "/no/list"),
+        ("--data={odd}/loose --batch_size=4 --out={odd}/loose/x", "among the images"),
+        ("--batch_size=30000", "at most 16000")]),
     *((tune, *case) for case in [
         ("--init={odd}/none.pt", "none.pt"), ("--init={odd}/code.pt", "code.pt"),
         ("--init={odd}/wide.pt", "width 100"), ("--init={odd}/vit.pt --model=vit_d8", "vit_t16"),
