@@ -29,10 +29,11 @@ import torch.nn.functional as F
 import crop
 import pretrain
 from crop import InputError
-from finetune import (Batches, Config as Recipe, accuracy, build_model, centre_crops, labelled_data,
-                      load_weights, match_labels, mean_iou, read_weights, Scenes, whole_scenes)
+from finetune import (Config as Recipe, Scenes, accuracy, build_model, centre_crops, labelled_data,
+                      load_weights, match_labels, mean_iou, read_weights, whole_scene)
 from model import ENCODERS, Classifier
-from pretrain import load_checkpoint, number, parse_config, run, save_file, save_text, setup_machine
+from pretrain import (Batches, load_checkpoint, number, parse_config, run, save_file, save_text,
+                      setup_machine)
 
 
 # ------------------------------------------------------------------------------------ 1. Config
@@ -311,7 +312,8 @@ def miou(cfg, machine):
             picture = crop.to_image(torch.cat(panels, 2))
             save_file(f"{folder_of(cfg)}/miou_{number:05d}.png", lambda f: picture.save(f, "PNG"))
 
-    images = Batches(whole_scenes(source, list(range(len(source)))), machine, cfg.workers, 1)
+    scenes = crop.Samples(source, range(len(source)), 0, whole_scene, replace=False)
+    images = Batches(scenes, machine, cfg.workers, 1)
     return mean_iou(model, images, recipe.labels, recipe.test_size, machine, show)
 
 

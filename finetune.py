@@ -332,7 +332,8 @@ def train(cfg, machine, signals):
     model, optimizer = build(cfg, len(source.classes), machine, weights)
     if cfg.segments:
         cut, loss_of = partial(cut_scene, cfg=cfg), segmenter_loss(machine)
-        val_batches = Batches(whole_scenes(val, val_rows), machine, cfg.workers, 1, signals)
+        scenes = crop.Samples(val, val_rows, 0, whole_scene, replace=False)
+        val_batches = Batches(scenes, machine, cfg.workers, 1, signals)
         measure = partial(mean_iou, model, val_batches, len(val.classes), cfg.test_size, machine)
     else:
         augment = RandAugment(cfg.randaugment, cfg.randaugment_std, cfg.randaugment_p).augment
@@ -541,11 +542,6 @@ def cut_scene(pair, rng, cfg):
 def whole_scene(pair, rng):
     """PIL (image, mask) -> both as they are, uint8 [4, height, width]; rng is not used."""
     return crop.to_tensor(np.dstack([crop.to_rgb(pair[0]), pair[1]]))
-
-
-def whole_scenes(source, rows):
-    """The data set of whole images with their labels."""
-    return crop.Samples(source, rows, 0, whole_scene, replace=False)
 
 
 def pixel_loss(logits, labels):
