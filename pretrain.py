@@ -713,9 +713,9 @@ class Progress:
         owed = 0
         if self.machine.rank == 0:
             with contextlib.suppress(FileNotFoundError, ValueError):  # no log; a torn row
-                for line in open(log):
-                    if json.loads(line)["step"] <= done:
-                        rows.append(json.loads(line))
+                for row in map(json.loads, open(log)):
+                    if row["step"] <= done:
+                        rows.append(row)
             last = rows[-1] if rows and rows[-1]["step"] == done else {}
             owed = "n" not in last if self.is_measured(done) else not last
             if owed and last:
