@@ -695,9 +695,10 @@ class Progress:
         self.restart(0)
 
     def resume(self):
-        """Put ckpt.pt, if there is one, into model and optimiser, and cut log.jsonl where it ends;
-        the row of its step is written where it is missing. -> the number of steps done. Raises
-        InputError naming the fields in which the checkpoint's run is another one."""
+        """Put ckpt.pt, if there is one, into model and optimiser, and cut log.jsonl before the row
+        of its step, which is measured and written again: a run can have ended between checkpoint
+        and row. -> the number of steps done. Raises InputError naming the fields in which the
+        checkpoint's run is another one."""
         saved, log, rows, done = load_checkpoint(self.path), f"{self.cfg.out}/log.jsonl", [], 0
         if saved:
             mine, theirs = self.identity, saved["identity"]
@@ -710,20 +711,14 @@ class Progress:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.row, done = saved["row"], saved["row"]["step"]
-        owed = 0
         if self.machine.rank == 0:
             with contextlib.suppress(FileNotFoundError, ValueError):  # no log; a torn row
                 for row in map(json.loads, open(log)):
-                    if row["step"] <= done:
+                    if row["step"] < done:
                         rows.append(row)
-            last = rows[-1] if rows and rows[-1]["step"] == done else {}
-            owed = "n" not in last if self.is_measured(done) else not last
-            if owed and last:
-                rows.pop()
-            self.row = self.row if owed else last
             save_text(log, "".join(json.dumps(row) + "\n" for row in rows))
             save_text(f"{self.cfg.out}/config.json", json.dumps(dataclasses.asdict(self.cfg)))
-        if self.machine.max(owed) and done:  # process 0 knows the log, but all have to measure
+        if done:
             self.report()
         self.restart(done)
         return done

@@ -1880,7 +1880,7 @@ def test_the_log_follows_the_checkpoint(tmp_path, long, monkeypatch):
     """A step's checkpoint precedes its row. On a full disk the older one stays. A run that ends
     between the two, while it measures, goes on with measuring; a row that was cut short or lies
     beyond the checkpoint is written again."""
-    flags, out = [*long[0], "--log_every=1", "--eval_every=2", "--max_steps=4"], tmp_path / "out"
+    flags, out = [*long[0], "--log_every=1", "--eval_every=3", "--max_steps=4"], tmp_path / "out"
     demo(out, *flags, "--max_steps=2")
     before = (out / "ckpt.pt").read_bytes()
     (out / "ckpt.pt.tmp").symlink_to("/dev/full")
@@ -1891,10 +1891,10 @@ def test_the_log_follows_the_checkpoint(tmp_path, long, monkeypatch):
     (out / "ckpt.pt.tmp").unlink()
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(pretrain.HeldOut, "evaluate", lambda *_: 1 / 0)
-        demo(out, *flags)
-    assert pretrain.load_checkpoint(out / "ckpt.pt")["step"] == 4
+        demo(out, *flags, "--save_every=3")
+    assert pretrain.load_checkpoint(out / "ckpt.pt")["step"] == 3
     with open(out / "log.jsonl", "a") as log:
-        log.write('{"step": 4, "ep')
+        log.write('{"step": 3, "ep')
     assert finish(out, *flags) == finish(tmp_path / "whole", *flags)
 
 
