@@ -333,7 +333,7 @@ class Samples(torch.utils.data.Dataset):
                 return sample, j
             if not self.replace:
                 return None
-        raise InputError(f"ten images in a row cannot be read, up to {self.source.paths[j]!r}")
+        raise InputError(f"ten images in a row cannot be read, up to {str(self.source.paths[j])!r}")
 
     def read(self, j, seed, again=True):
         """The crop of image j, or None, with a warning, where it cannot be read."""
@@ -347,7 +347,7 @@ class Samples(torch.utils.data.Dataset):
                 time.sleep(1)
                 return self.read(j, seed, again=False)
             if j not in self.named:
-                print(f"warning: cannot read {self.source.paths[j]!r} ({error}): "
+                print(f"warning: cannot read {str(self.source.paths[j])!r} ({error}): "
                       f"{'replaced' if self.replace else 'left out'}", file=sys.stderr)
             self.named.add(j)
 
@@ -418,6 +418,23 @@ def contact_sheet(context, exemplars, maps, theta, logits=None, tile=TILE):
     return sheet
 
 
+def curves(rows):
+    """Rows of a log -> a picture: its loss and its score by step, from the least to the largest."""
+    names = [name for name in ("loss", "skill", "top1", "miou") if any(name in row for row in rows)]
+    picture, font = Image.new("RGB", (640, 240 * len(names)), "white"), ImageFont.load_default(14)
+    draw, end = ImageDraw.Draw(picture), max(row["step"] for row in rows)
+    for k, name in enumerate(names):
+        x, y = zip(*((row["step"], row[name]) for row in rows if name in row))
+        top, low, high = 240 * k + 40, min(y), max(y)
+        points = [(20 + 600 * s / end, top + 180 * (high - v) / (high - low or 1))
+                  for s, v in zip(x, y)]
+        draw.line(points, COLOURS[3 * k], 2)
+        draw.ellipse([points[-1][i] + d for d in (-4, 4) for i in (0, 1)], COLOURS[3 * k])
+        draw.text((20, top - 30), f"{name}: {low:.4g} to {high:.4g}, at step {x[-1]} {y[-1]:.4g}",
+                  "black", font)
+    return picture
+
+
 # ------------------------------------------------------------------------------ 6. image sources
 
 # A source has len(source), source.open(i) -> PIL image, source.paths, the images' names, and for
@@ -468,8 +485,9 @@ class Folder:
             raise InputError(f"{root!r} has no images of {missing[:5] or 'any class'}")
         number = {name: k for k, name in enumerate(self.classes)}
         kept = [i for i, name in enumerate(folders) if classes is None or name in number]
-        self.paths = [paths[i] for i in kept]
-        self.labels = [number.get(folders[i], -1) for i in kept]
+        # Arrays, since reading a list's entries writes to their pages: each worker would copy them.
+        self.paths = np.array([paths[i] for i in kept])
+        self.labels = np.array([number.get(folders[i], -1) for i in kept])
 
     def __len__(self):
         return len(self.paths)
@@ -576,23 +594,27 @@ def open_images(data, split, classes=None):
         raise InputError(f"there is no folder {data!r}: --data takes a folder of images or one of "
                          f"{', '.join(BUILT_IN)}")
     part = os.path.join(data, split)
-    return Folder(part if os.path.isdir(part) else data, classes)
+    source = Folder(part if os.path.isdir(part) else data, classes)
+    splits = {"training", "train", "validation", "valid", "val", "testing", "test"}
+    if source.classes and "train" not in source.classes and (
+            {name.lower() for name in source.classes} <= splits) and not os.path.isdir(part):
+        raise InputError(f"{data!r} has the folders {source.classes}: call them train and val")
+    return source
 
 
-def train_and_val(data, seed, classes=None, held_out=None):
-    """Images to train on and at most `held_out` fixed ones (None: no limit) to measure on: those of
-    val/ where there are train/ and val/, else 5% that are drawn with the seed. -> (source, indices)
+def train_and_val(data, seed, classes=None):
+    """Images to train on and others to measure on, in random order: those of val/ where there are
+    train/ and val/, else 5%, at most 5,000, that are drawn with the seed. -> (source, indices)
     twice, and a sentence that says what was chosen."""
     train = open_images(data, "train", classes)
     rng = np.random.default_rng((seed, 1))  # stream 1: the split
     if data in BUILT_IN or all(os.path.isdir(os.path.join(data, x)) for x in ("train", "val")):
         val = open_images(data, "val", classes)
-        rows = rng.permutation(len(val)).tolist()[:held_out] if held_out else [*range(len(val))]
-        return ((train, [*range(len(train))]), (val, rows),
-                f"{len(train)} images of train, {len(rows)} of val held out")
-    order = rng.permutation(len(train)).tolist()
-    count = min(max(2, len(train) // 20), held_out or len(train), len(train) - 1)
-    return ((train, sorted(order[count:])), (train, order[:count]),
+        return ((train, range(len(train))), (val, rng.permutation(len(val))),
+                f"{len(train)} images of train; {len(val)} of val, held out")
+    order = rng.permutation(len(train))
+    count = min(max(2, len(train) // 20), 5000, len(train) - 1)
+    return ((train, np.sort(order[count:])), (train, order[:count]),
             f"{len(train) - count} images; no val/, so {count} more, drawn by the seed, held out")
 
 

@@ -4,6 +4,7 @@
     python evaluate.py --bench=knn --ckpt=out/pretrain/encoder.pt --data=FOLDER
     python evaluate.py --bench=miou --ckpt=out/segment/model.pt --data=FOLDER
     python evaluate.py --bench=maps --ckpt=out/pretrain/ckpt.pt --data=FOLDER
+    python evaluate.py --bench=features --ckpt=out/pretrain/encoder.pt --data=FOLDER
     torchrun --nproc_per_node=8 evaluate.py ...              the same number, sooner
 
     1. Config      every field is a flag
@@ -14,8 +15,10 @@
     6. robustness  fgsm, pgd, imagenet_c, imagenet_a, imagenet_r, imagenet_sketch (Table 8)
     7. mean IoU    miou, of a segmenter (Table 7)
     8. maps        of a pre-trained model (Figures 5 and 6)
+    9. features    of any images, their neighbours, their patches in colours; no labels needed
 """
 
+import dataclasses
 import json
 import os
 import time
@@ -30,10 +33,10 @@ import crop
 import pretrain
 from crop import InputError
 from finetune import (Config as Recipe, Scenes, accuracy, build_model, centre_crops, labelled_data,
-                      load_weights, match_labels, mean_iou, read_weights, whole_scene)
-from model import ENCODERS, Classifier
-from pretrain import (Batches, load_checkpoint, number, parse_config, run, save_file, save_text,
-                      setup_machine)
+                      load_encoder, load_weights, match_labels, mean_iou, read_weights, whole_scene)
+from model import ENCODERS, Classifier, as_grid
+from pretrain import (Batches, load_checkpoint, number, open_file, parse_config, run, save_file,
+                      save_text, setup_machine)
 
 
 # ------------------------------------------------------------------------------------ 1. Config
@@ -43,20 +46,20 @@ class Config:
     """What to measure. A field's type parses its flag, its comment is the flag's line in --help."""
 
     bench: Literal["top1", "knn", "fgsm", "pgd", "imagenet_c", "imagenet_a", "imagenet_r",
-                   "imagenet_sketch", "miou", "maps"] = "top1"  # what to measure
-    ckpt: str = "out/finetune/model.pt"  # knn: any file of weights, or scratch; maps: ckpt.pt
+                   "imagenet_sketch", "miou", "maps", "features"] = "top1"  # what to measure
+    ckpt: str = "out/finetune/model.pt"  # knn, features: any weights, or scratch; maps: ckpt.pt
     model: Literal[("auto", *ENCODERS)] = "auto"  # the encoder, for --ckpt=scratch
     data: str = "data/imagenet"  # val/CLASS/* or CLASS/*, a built-in source; miou: as ADE20K
     classes: str = ""  # a file with the names of the class folders to keep, one a line
     out: str = ""  # where BENCH.json goes; by default the folder of --ckpt
-    size: int = 224  # pixels of the centre crop (knn); others are as in validation
+    size: int = 224  # pixels of the centre crop (knn, features); others are as in validation
     k: int = 20  # nearest neighbours that vote (knn)
     temperature: number = 0.07  # of their votes, exp(cosine / temperature) (knn)
     eps: number = 1.0  # largest change of a pixel in 255ths (fgsm, pgd)
     step: number = 0.5  # change of a pixel in one step, in 255ths (pgd)
     steps: int = 5  # steps of the attack (pgd)
     pictures: int = 4  # images to paint (miou; maps: 16 at most)
-    seed: int = 0  # of an untrained encoder, a split without val/ (knn) and random starts (pgd)
+    seed: int = 0  # of an untrained encoder and random starts (pgd)
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto takes a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the chip has it
     workers: int = -1  # loader processes for each process; -1 uses the cores at hand
@@ -73,6 +76,7 @@ def main(argv=None):
     """Run one bench; print its scores as JSON, the last line."""
     cfg = parse_config(Config, {}, argv, __doc__.split("\n")[0])
     began = time.perf_counter()
+    open_file(folder_of(cfg), "lock").close()  # what cannot be written is found before the work
     with setup_machine(cfg) as machine:
         if cfg.data == "imagenette":
             with machine.first():  # it may have to be downloaded
@@ -101,21 +105,31 @@ def load_model(cfg, machine, segments=False):
     return model.to(machine.device).eval(), saved
 
 
-def rows_to_score(cfg, recipe, machine, held_out=None):
+def frozen_encoder(cfg, machine):
+    """A Classifier whose features are those of an encoder: of --ckpt, or untrained."""
+    torch.manual_seed(cfg.seed)
+    if cfg.ckpt == "scratch" and cfg.model == "auto":
+        raise InputError("--ckpt=scratch needs --model")
+    scratch = cfg.ckpt == "scratch"
+    model = Classifier(cfg.model, 1, probe=True) if scratch else load_encoder(cfg.ckpt, cfg.model)
+    return model.to(machine.device).eval()
+
+
+def rows_to_score(cfg, recipe, machine):
     """-> (a source, the numbers of its images to score): val/ of a folder, or where there is none
-    the images that the run of `recipe` held out, `held_out` at most, if it was trained on this
-    folder, else all. Raises InputError for --classes that would change what was held out."""
+    the images that the run of `recipe` held out, if it was trained on this folder, else all. Raises
+    InputError for --classes that would change what was held out."""
     splits = [os.path.isdir(os.path.join(cfg.data, split)) for split in ("train", "val")]
     same = os.path.realpath(cfg.data) == os.path.realpath(recipe.data)
     if same and not all(splits) and cfg.data not in crop.BUILT_IN:
         if cfg.classes not in ("", recipe.classes):
             raise InputError("--classes has to be that of the run, which held images out of these")
         _, (source, rows), _ = crop.train_and_val(
-            cfg.data, recipe.seed, crop.read_classes(recipe.classes), held_out)
+            cfg.data, recipe.seed, crop.read_classes(recipe.classes))
         machine.say(f"{len(rows)} images that the run held out of {cfg.data}")
     else:
         source = crop.open_images(cfg.data, "val", crop.read_classes(cfg.classes))
-        rows = list(range(len(source)))
+        rows = range(len(source))
         machine.say(f"all {len(rows)} images of {cfg.data}{'/val' if splits[1] else ''}")
     return source, rows
 
@@ -175,19 +189,13 @@ def vote(queries, bank, labels, classes, k, temperature):
 
 def knn(cfg, machine):
     """Weighted k-nearest-neighbour accuracy of an encoder's frozen features: training images vote.
-    The features are the encoder's tokens, pooled."""
-    torch.manual_seed(cfg.seed)
-    if cfg.ckpt == "scratch":
-        name, state = cfg.model, None
-    else:
-        name, state, _ = read_weights(cfg.ckpt)
-    if name == "auto":
-        raise InputError("--ckpt=scratch needs --model")
-    model = Classifier(name, 1, probe=True)
-    if state:
-        load_weights(model, state, cfg.ckpt)
-    model.to(machine.device).eval()
-    (train, rows), (val, val_rows), sentence = labelled_data(cfg)
+    The features are the encoder's tokens, pooled. Of a folder without val/ those images are
+    classified that the encoder's run held out, by the seed in the config.json beside it."""
+    model, seed = frozen_encoder(cfg, machine), cfg.seed
+    config = os.path.join(os.path.dirname(cfg.ckpt), "config.json")
+    if os.path.exists(config):
+        seed = json.load(open(config))["seed"]
+    (train, rows), (val, val_rows), sentence = labelled_data(dataclasses.replace(cfg, seed=seed))
     machine.say(sentence)
     sides = []
     for source, wanted in ((train, rows), (val, val_rows)):
@@ -327,7 +335,7 @@ def maps(cfg, machine):
     recipe = pretrain.Config(**saved["config"])
     cim = pretrain.build_model(recipe)
     cim.load_state_dict(saved["model"])
-    source, rows = rows_to_score(cfg, recipe, machine, pretrain.HELD_OUT)
+    source, rows = rows_to_score(cfg, recipe, machine)
     rows = np.random.default_rng(recipe.seed).permutation(rows).tolist()  # for varied pictures
     held_out = pretrain.HeldOut(source, rows, recipe, machine, cfg.workers, keep=False)
     score = held_out.evaluate(cim.to(machine.device))
@@ -336,9 +344,59 @@ def maps(cfg, machine):
     return score
 
 
+# ---------------------------------------------------------------------------------- 9. features
+
+TILE = 112  # pixels of an image in the pictures
+
+
+def features(cfg, machine):
+    """Features of every image of a folder: features.npz with `names` and `features`, float32
+    [n, width] of unit length; neighbours.png, six images, each with the five nearest to it;
+    pca.png, the six, with the first three principal components of their patch tokens as red, green
+    and blue."""
+    model, source = frozen_encoder(cfg, machine), crop.open_images(
+        cfg.data, "val", crop.read_classes(cfg.classes))
+    crops = centre_crops(source, range(len(source)), cfg.size, 0.95)
+    found, numbers = normalised_features(
+        model, Batches(crops, machine, cfg.workers), len(source), machine)
+    if machine.rank == 0:
+        numbers = numbers.tolist()
+        names = np.array([source.paths[i] for i in numbers])
+        arrays = dict(names=names, features=found.cpu().numpy())
+        save_file(f"{folder_of(cfg)}/features.npz", lambda f: np.savez(f, **arrays))
+        shown = torch.linspace(0, len(found) - 1, min(6, len(found))).long()
+        nearest = (found[shown] @ found.T).topk(min(6, len(found))).indices.cpu()  # itself first
+        save_tiles(f"{folder_of(cfg)}/neighbours.png",
+                   [[tile(source, numbers[i], TILE) for i in row] for row in nearest])
+        images = torch.stack([tile(source, numbers[i], cfg.size) for i in shown])
+        with torch.no_grad():
+            x = crop.normalize(machine.send(images).float() / 255)
+            tokens = model.encoder(x)[:, model.encoder.prefix:]  # [6, N, D]
+        tokens = tokens - tokens.mean((0, 1))
+        axes = torch.linalg.svd(tokens.flatten(0, 1), full_matrices=False).Vh[:3]
+        colours = as_grid(tokens @ axes.T)  # [6, 3, side, side]
+        low, high = colours.amin((0, 2, 3), True), colours.amax((0, 2, 3), True)
+        colours = (255 * (colours - low) / (high - low)).byte().cpu()
+        save_tiles(f"{folder_of(cfg)}/pca.png",
+                   [[F.interpolate(x[None], TILE)[0] for x in row] for row in (images, colours)])
+    return dict(width=found.shape[1], n=len(found))
+
+
+def tile(source, i, size):
+    """Image i of a source, its centre: uint8 [3, size, size]."""
+    with source.open(i) as image:
+        return crop.cut_centre(image, None, size)
+
+
+def save_tiles(path, rows):
+    """Rows of uint8 images of one size as one picture."""
+    picture = crop.to_image(torch.cat([torch.cat(row, 2) for row in rows], 1))
+    save_file(path, lambda f: picture.save(f, "PNG"))
+
+
 BENCHES = {"top1": top1, "knn": knn, "fgsm": attacked, "pgd": attacked, "imagenet_c": imagenet_c,
            "imagenet_a": subset, "imagenet_r": subset, "imagenet_sketch": subset, "miou": miou,
-           "maps": maps}
+           "maps": maps, "features": features}
 
 
 if __name__ == "__main__":

@@ -161,9 +161,9 @@ def labelled_data(cfg):
     (train, rows), (val, val_rows), sentence = crop.train_and_val(
         cfg.data, cfg.seed, crop.read_classes(cfg.classes))
     val.labels = match_labels(val, train.classes, cfg.data)
-    rows, val_rows = ([i for i in r if source.labels[i] >= 0]
+    rows, val_rows = (np.asarray(r)[np.asarray(source.labels)[r] >= 0]
                       for source, r in ((train, rows), (val, val_rows)))
-    if not rows or not val_rows or len(train.classes) < 2:
+    if not len(rows) or not len(val_rows) or len(train.classes) < 2:
         raise InputError(f"{cfg.data!r} needs images of at least two classes in train/CLASS/* and "
                          f"val/CLASS/*, but has {len(rows)} and {len(val_rows)}")
     sentence += f"; {len(rows)} and {len(val_rows)} of {len(train.classes)} classes are labelled"
@@ -328,6 +328,8 @@ def train(cfg, machine, signals):
             scene_data(cfg) if cfg.segments else labelled_data(cfg))
     machine.say(f"data     {cfg.data}: {sentence}\nmodel    {cfg.model} from {cfg.init}")
     plan = make_plan(cfg, machine, len(rows))
+    if plan.micro == 1 and (cfg.mixup or cfg.cutmix):
+        raise InputError("MixUp and CutMix need two images: a larger --batch_size or --micro_batch")
     data = dict(images=len(rows), classes=source.classes)
     model, optimizer = build(cfg, len(source.classes), machine, weights)
     if cfg.segments:
@@ -384,6 +386,10 @@ LEFT = ("head.", "fc.", "fc_norm.", "norm.", "pyramid.", "auxiliary.",  # of oth
         "patch_embed_c.", "blocks_c.", "norm_c.")  # code's names for the target
 
 
+# What wrappers put in front of all names: DDP, torch.compile, MoCo, ours.
+WRAPPERS = r"^((module|_orig_mod|backbone|base_encoder|encoder|online)\.)*"
+
+
 def read_weights(path):
     """-> (the encoder's name, the weights by published names, the file as it was saved). path: our
     encoder.pt, ckpt.pt or model.pt, timm's ViT, torchvision's ResNet-50 or the released CIM
@@ -395,7 +401,7 @@ def read_weights(path):
             saved = state = torch.load(path, map_location="cpu", weights_only=True)
         for entry in ("model", "weights", "state_dict"):  # checkpoints, model.pt, timm's
             state = state.get(entry, state)
-        state = {re.sub(r"^(module\.)?(online\.|encoder\.)?", "", k): v for k, v in state.items()}
+        state = {re.sub(WRAPPERS, "", k): v for k, v in state.items()}
         if "layer4.2.conv3.weight" in state:
             return "resnet50", state, saved
         width, patch = (state[k].shape[-1] for k in ("cls_token", "patch_embed.proj.weight"))
@@ -422,8 +428,22 @@ def load_weights(model, state, path, head=False):
     missing = [k for k in model.load_state_dict(found, strict=False).missing_keys
                if head or k.startswith("encoder.")]
     surplus = [k for k in state if k not in names and not k.startswith(LEFT)]
+    if "encoder.norm.weight" in missing and "fc_norm.weight" in state:
+        raise InputError(f"{path!r} is a fine-tuned classifier, whose encoder has no norm of its "
+                         "own: give the weights that it began with")
     if missing or surplus:
         raise InputError(f"{path!r} lacks {missing[:5]} and has the unknown {surplus[:5]}")
+
+
+def load_encoder(path, model="auto"):
+    """-> a Classifier for linear probing with the encoder of a file of weights. Raises InputError
+    where that is another one than `model`."""
+    name, state, _ = read_weights(path)
+    if model not in ("auto", name):
+        raise InputError(f"the weights of {path!r} are of {name}: give --model={name}")
+    probe = Classifier(name, 1, probe=True)
+    load_weights(probe, state, path)
+    return probe
 
 
 def choose_encoder(cfg):
@@ -626,8 +646,9 @@ def mean_iou(model, images, classes, size, machine, show=None):
         if show:
             show(int(numbers[0]), image, labels, found)
     machine.sum(matrix, n)
-    if not matrix.any():
-        raise InputError("no image could be read, or no pixel has a label")
+    if matrix.any(1).sum() < 2:
+        raise InputError("the masks that could be read have fewer than two classes. Labels count "
+                         "from 1; pixels of label 0 are ignored")
     return iou_scores(matrix) | dict(n=n.item())
 
 

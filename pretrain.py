@@ -34,6 +34,7 @@ import math
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import sys
 import time
@@ -78,7 +79,7 @@ class Config:
     """The paper's recipe, Table 9. A field's type parses its flag, its comment is the flag's line
     in --help."""
 
-    preset: Literal["paper", "imagenette", "demo"] = "paper"  # values for the fields; flags win
+    preset: Literal["paper", "imagenette", "demo", "photos"] = "paper"  # values; flags win
     # where
     data: str = "data/imagenet"  # a folder; shapes, imagenette; none: noise to time
     classes: str = ""  # a file with the class folders to keep, one a line (its first word)
@@ -99,6 +100,7 @@ class Config:
     blur: number = 0.5  # probability of Gaussian blur
     solarize: number = 0.2  # probability of solarisation
     # model
+    init: str = ""  # a file of an encoder's weights to begin with, of any kind finetune.py takes
     model: Literal[tuple(ENCODERS)] = "vit_b16"  # the encoder
     freeze_patch_embed: switch = True  # keep a ViT's patch embedding as initialised
     bootstrap: Literal[tuple(BOOTSTRAPS)] = "online_exemplar"  # Table 2; shared weights: no tau
@@ -110,6 +112,7 @@ class Config:
     loss: Literal[tuple(LOSSES)] = "ce"  # Table 3
     # optimisation
     epochs: int = 300  # passes over the images
+    steps: int = 0  # instead of epochs, where --epochs=0
     warmup_epochs: number = 40.0  # of linear warm-up of the learning rate
     batch_size: int = 4096  # contexts a step, over all processes
     lr: number = 2.4e-3  # peak learning rate at a batch of lr_batch
@@ -135,6 +138,8 @@ class Config:
     def __post_init__(self):
         """Raise InputError for values that cannot work together, before any work starts."""
         crop.check_crops(self.scale, self.ratio, self.rotation)
+        if (self.epochs > 0) == (self.steps > 0):
+            raise InputError("--epochs and --steps: one of them is 0, the other one is not")
         stride = ENCODERS[self.model][2] if ENCODERS[self.model] else ResNet50.stride
         for name, unit in (("context_size", stride), ("exemplar_size", stride),
                            ("decoder_width", 32)):
@@ -150,6 +155,10 @@ PRESETS = {
                  transforms="none", decoder_width=64, freeze_patch_embed=False,
                  epochs=3, warmup_epochs=0.1, batch_size=16, lr=4e-3, lr_batch=16, tau=0.9,
                  workers=0, log_every=50, eval_every=250, save_every=250),
+    "photos": dict(data="photos", out="out/photos", model="vit_e8", context_size=64,
+                   exemplar_size=32, transforms="none", decoder_width=128,
+                   freeze_patch_embed=False, epochs=0, steps=6000, warmup_epochs=1, batch_size=16,
+                   lr=2e-3, lr_batch=16, log_every=50, eval_every=500, save_every=500),
 }
 
 
@@ -186,15 +195,14 @@ def make_plan(cfg, machine, images):
         near = machine.world * cfg.micro_batch * max(1, round(share / cfg.micro_batch))
         raise InputError(f"the {share} images of a process divide into micro-batches of {micro} "
                          f"only; --batch_size {near} would divide well")
-    total = cfg.epochs * per_epoch
+    total = cfg.epochs * per_epoch or cfg.steps
     plan = Plan(images, micro, share // micro, per_epoch, total, min(total, cfg.max_steps or total),
                 round(cfg.warmup_epochs * per_epoch), cfg.lr * cfg.batch_size / cfg.lr_batch)
-    if machine.rank == 0:
-        print(f"batch    {cfg.batch_size} = {machine.world} x {machine.device}, {machine.dtype}, x "
-              f"{plan.accumulate} micro-batches x {micro} images\n"
-              f"lr       {cfg.lr:g} x {cfg.batch_size} / {cfg.lr_batch} = {plan.peak:.3g}, after "
-              f"{plan.warmup} steps of warm-up\n"
-              f"steps    {per_epoch} an epoch x {cfg.epochs} epochs = {total}", flush=True)
+    machine.say(f"batch    {cfg.batch_size} = {machine.world} x {machine.device}, {machine.dtype}, "
+                f"x {plan.accumulate} micro-batches x {micro} images\n"
+                f"lr       {cfg.lr:g} x {cfg.batch_size} / {cfg.lr_batch} = {plan.peak:.3g}, after "
+                f"{plan.warmup} steps of warm-up\n"
+                f"steps    {per_epoch} an epoch, {total} in all")
     return plan
 
 
@@ -290,7 +298,7 @@ def mean_map(cfg, machine):
     return mean.clamp(1e-4, 1 - 1e-4)
 
 
-HELD_OUT = 256  # images at most
+HELD_OUT = 256  # images to measure on while training, at most
 
 
 class HeldOut:
@@ -372,6 +380,14 @@ def build(cfg, machine):
                                   betas=(cfg.beta1, cfg.beta2), fused=machine.device.type != "mps")
 
 
+def begin_with(cim, cfg):
+    """Put the encoder of --init into the online and the target encoder."""
+    from finetune import load_encoder  # here, since finetune.py imports this file
+    weights = load_encoder(cfg.init, cfg.model).encoder.state_dict()
+    for encoder in cim.online, cim.target:
+        encoder.load_state_dict(weights)
+
+
 def accelerate(model, machine):
     """Compile what is large where asked; wrap the model in DDP where there are processes."""
     if machine.compile:  # in place, so that state-dict keys stay clean
@@ -399,13 +415,13 @@ def main(argv=None):
 def train(cfg, machine, signals):
     """From the images to encoder.pt. signals: a list that grows when the run is asked to stop."""
     with machine.first():  # Imagenette may have to be downloaded
-        (source, indices), validation, sentence = crop.train_and_val(
-            cfg.data, cfg.seed, crop.read_classes(cfg.classes), HELD_OUT)
+        (source, indices), (val, rows), sentence = crop.train_and_val(
+            cfg.data, cfg.seed, crop.read_classes(cfg.classes))
     machine.say(f"data     {cfg.data}: {sentence}")
     plan = make_plan(cfg, machine, len(indices))
     if cfg.bench:
         plan = plan._replace(stop=BENCH_WARMUP + cfg.bench)
-    held_out = HeldOut(*validation, cfg, machine)
+    held_out = HeldOut(val, rows[:HELD_OUT], cfg, machine)
     cim, optimizer = build(cfg, machine)
 
     def measure(done):
@@ -418,6 +434,8 @@ def train(cfg, machine, signals):
     progress = Progress(cfg, machine, plan, dict(images=len(indices)), cim, optimizer, signals,
                         measure, cfg.eval_every)
     start = 0 if cfg.bench else progress.resume()
+    if cfg.init and not start:
+        begin_with(cim, cfg)
     wrapped = accelerate(cim, machine)  # what the loop calls; cim has the same weights
     make = make_pairs
     if machine.compile:
@@ -459,11 +477,34 @@ def train(cfg, machine, signals):
     if machine.rank == 0:
         for name, encoder in (("encoder", cim.online), ("target", cim.target)):
             save_file(f"{cfg.out}/{name}.pt", lambda f: torch.save(encoder.state_dict(), f))
-        recipe = "--recipe=demo " if cfg.preset == "demo" else ""
-        print(f"finished after {progress.row['step']} steps: {cfg.out}/encoder.pt, and its "
-              f"average, target.pt. Look at {cfg.out}/maps.png. Next:\n"
-              f"python evaluate.py --bench=maps --ckpt={cfg.out}/ckpt.pt --data={cfg.data}\n"
-              f"python finetune.py {recipe}--init={cfg.out}/encoder.pt --data={cfg.data}")
+        machine.say(f"finished after {progress.row['step']} steps: {cfg.out}/encoder.pt, and its "
+                    "average, target.pt. Look at maps.png and curves.png there.")
+        if progress.row["skill"] < 0.02:
+            machine.say("Its skill is below 0.02: the task is not learned. Give it more time, "
+                        "another --lr, or an easier task, --transforms=none --rotation=0")
+        machine.say(f"Next:\n{next_commands(cfg, source)}")
+
+
+def next_commands(cfg, source):
+    """Commands that show what the encoder has learned: its maps, the neighbours of images and,
+    where images have labels, k-NN and fine-tuning or, of fewer than 100,000, a linear probe."""
+    m, labelled = cfg.context_size, int((np.asarray(source.labels) >= 0).sum())
+    encoder, data = f"{cfg.out}/encoder.pt", [f"--data={cfg.data}"]
+    data += [f"--classes={cfg.classes}"] if cfg.classes else []
+    commands = [["evaluate.py", "--bench=maps", f"--ckpt={cfg.out}/ckpt.pt"],
+                ["evaluate.py", "--bench=features", f"--size={m}", f"--ckpt={encoder}"]]
+    if labelled and len(source.classes) > 1:
+        recipe = [{"vit_s16": "--recipe=vit_s", "resnet50": "--recipe=resnet50_100"}.get(
+            cfg.model, "--recipe=vit_b")]
+        if labelled < 100_000:
+            batch = min(1024, 2 ** ((labelled // 2).bit_length() - 1))
+            recipe = ["--recipe=linear", f"--image_size={m}", f"--test_size={m}",
+                      f"--batch_size={batch}"]
+        if cfg.data == "shapes":
+            recipe = ["--recipe=demo"]
+        commands += [["evaluate.py", "--bench=knn", f"--size={m}", f"--ckpt={encoder}"],
+                     ["finetune.py", *recipe, f"--init={encoder}", f"--out={cfg.out}_tuned"]]
+    return "\n".join(shlex.join(["python", *words, *data]) for words in commands)
 
 
 # =========================================================== what the three scripts share: plumbing
@@ -492,8 +533,11 @@ def run(main):
     status 1; anything else keeps its traceback."""
     try:
         main()
-    except InputError as error:
+    except (InputError, torch.OutOfMemoryError) as error:
         reason = str(error).split("InputError: ")[-1].strip()  # without a worker's traceback
+        if isinstance(error, torch.OutOfMemoryError):
+            reason = "the GPU's memory is full: give half of what the line `batch` above says as " \
+                     "images of a micro-batch, --micro_batch=N"
         print(f"{os.path.basename(sys.argv[0])}: {reason}", file=sys.stderr, flush=True)
         sys.exit(1)
     finally:
@@ -553,9 +597,12 @@ class Machine:
             self.max(0)
 
     def say(self, text):
-        """Print once, whatever the number of processes."""
+        """Print once, whatever the number of processes, as long as somebody listens."""
         if self.rank == 0:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except OSError:  # `| head` has gone, or a terminal
+                sys.stdout = open(os.devnull, "w")
 
     @property
     def syncs_batchnorm(self):
@@ -596,7 +643,8 @@ def setup_machine(cfg):
         if os.environ.get("GROUP_WORLD_SIZE") == "1":  # nodes count restarts each for itself
             store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
-                                world_size=world, device_id=machine.device if cuda else None)
+                                world_size=world, device_id=machine.device if cuda else None,
+                                timeout=timedelta(hours=2))  # for a long scan of a slow disk
     yield machine
     if world > 1:  # not after an error: the others may not be there any more
         dist.destroy_process_group()
@@ -619,7 +667,7 @@ def make_loader(dataset, batches, workers, machine):
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, collate_fn=crop.collate,
         worker_init_fn=quiet_worker, pin_memory=machine.device.type == "cuda",
-        persistent_workers=workers > 0)
+        persistent_workers=workers > 0, timeout=600 if workers else 0)  # seconds, for a stuck disk
 
 
 class Batches:
@@ -782,6 +830,10 @@ class Progress:
             self.row = self.row | score
         if self.is_logged(done):
             write_row(self.cfg, self.machine, self.plan, self.row)
+        if self.is_measured(done) and self.machine.rank == 0:
+            with open(f"{self.cfg.out}/log.jsonl") as log:
+                picture = crop.curves([json.loads(line) for line in log])
+            save_file(f"{self.cfg.out}/curves.png", lambda f: picture.save(f, "PNG"))
 
     def save(self):
         """Write ckpt.pt: tensors and plain types only, all that going on needs."""
@@ -806,7 +858,7 @@ def write_row(cfg, machine, plan, row):
             f.write(json.dumps(row) + "\n")
         left = (plan.stop - row["step"]) * cfg.batch_size / row["images_per_s"]
         shown = [f"{name} {x:.4g}" for name, x in row.items() if not isinstance(x, list)]
-        print(*shown, f"left {timedelta(seconds=round(left))}", sep="  ", flush=True)
+        machine.say("  ".join([*shown, f"left {timedelta(seconds=round(left))}"]))
 
 
 # ---------------------------------------------------------------------------------- 11. signals
@@ -842,10 +894,7 @@ def at_work(out, machine):
 def lock_folder(folder):
     """-> an open file that keeps other processes out of a folder as long as it is open. lockf,
     since loader workers that outlive a killed run for some seconds would inherit a flock."""
-    if not folder:
-        raise InputError("--out needs the name of a folder")
-    os.makedirs(folder, exist_ok=True)
-    f = open(os.path.join(folder, "lock"), "a")
+    f = open_file(folder, "lock")
     try:
         import fcntl  # not on Windows
         fcntl.lockf(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -854,6 +903,16 @@ def lock_folder(folder):
     except ImportError:
         pass
     return f
+
+
+def open_file(folder, name):
+    """A file to append to, in a folder that is made if need be. Raises InputError where it cannot
+    be written."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        return open(os.path.join(folder, name), "a")
+    except OSError as error:
+        raise InputError(f"--out={folder!r} is no folder to write to: {error.strerror}") from None
 
 
 # ----------------------------------------------------------------------------------- 12. --bench

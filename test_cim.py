@@ -11,19 +11,21 @@ one that takes long.
 import argparse
 import dataclasses
 import errno
+import glob
 import json
 import math
+import operator
 import os
 import pickle
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
 import zlib
-from fractions import Fraction
 from functools import partial, partialmethod
 
 import numpy as np
@@ -44,10 +46,12 @@ import pretrain
 from crop import InputError
 
 HERE = os.path.dirname(os.path.abspath(__file__))
-README = open(os.path.join(HERE, "README.md")).read()
+README = "\n".join(open(path).read() for path in (
+    os.path.join(HERE, "README.md"), *sorted(glob.glob(os.path.join(HERE, "docs", "*.md")))))
 CPU = pretrain.Machine(torch.device("cpu"), 0, 1, "float32", False)
 PLAIN = ["--device=cpu", "--dtype=float32", "--workers=0"]
 TINY = ["--preset=demo", *PLAIN, "--batch_size=8", "--log_every=1", "--eval_every=1000"]
+load = partial(torch.load, weights_only=True)
 
 
 def rand(*shape, seed=0, dtype=torch.float64):
@@ -95,19 +99,18 @@ def torchrun(*words):
 
 
 def read_log(out):
-    """The rows of log.jsonl."""
+    """The rows of log.jsonl, without what the clock says."""
     with open(os.path.join(out, "log.jsonl")) as f:
-        return [json.loads(line) for line in f]
+        rows = [json.loads(line) for line in f]
+    for row in rows:
+        del row["images_per_s"], row["data_wait"]
+    return rows
 
 
 def demo(out, *flags):
     """Pre-train in this process; -> the rows of the log."""
     pretrain.main([*TINY, f"--out={out}", *flags])
     return read_log(out)
-
-
-def encoder_of(out):
-    return torch.load(os.path.join(out, "encoder.pt"), weights_only=True)
 
 
 def tune(out, data, *flags):
@@ -179,11 +182,6 @@ TABLE_1 = [  # scale, ratio, rotation: every row of Table 1 a-c, and of b and c 
 ]
 
 
-def uniform_boxes(count=2000, seed=0, **kw):
-    u = rand(count, 6, seed=seed)
-    return u, crop.sample_boxes(u, **kw)
-
-
 def place(boxes, x, y):
     """Where the point (x, y) of an exemplar, both in [-1, 1], lies in the context [..., 2], in
     fractions of its side: mirrored, stretched, rotated, moved."""
@@ -193,18 +191,16 @@ def place(boxes, x, y):
                         cy + along * angle.sin() + down * angle.cos()], -1)
 
 
-def corners(boxes):
-    """Boxes [..., 6] -> their four corners [..., 4, 2], in fractions of the context's side."""
-    square = [(-1, -1), (1, -1), (1, 1), (-1, 1)]
-    return torch.stack([place(boxes, x, y) for x, y in square], -2)
-
-
 @pytest.mark.parametrize("scale, ratio, rotation", TABLE_1)
 def test_boxes_have_the_area_aspect_and_angle_they_were_drawn_with(scale, ratio, rotation):
     """Figure 3: w h = r0, h / w = r1 and alpha hold exactly, and no box leaves the context. The
-    largest r0 is that of a box grown in the middle until it sticks out. The README's rows of Tables
-    1b and 1c have the same areas, since their largest fits at every aspect and angle."""
-    u, boxes = uniform_boxes(scale=scale, ratio=ratio, rotation=rotation)
+    largest r0 is that of a box grown in the middle until it sticks out."""
+    def corners(boxes):
+        square = [(-1, -1), (1, -1), (1, 1), (-1, 1)]
+        return torch.cat([place(boxes, x, y) for x, y in square], 1)
+
+    u = rand(2000, 6)
+    boxes = crop.sample_boxes(u, scale, ratio, rotation)
     cx, cy, w, h, angle, flip = boxes.unbind(-1)
     r1 = ratio[0] * (ratio[1] / ratio[0]) ** u[:, 1]
     torch.testing.assert_close(h / w, r1)
@@ -215,24 +211,12 @@ def test_boxes_have_the_area_aspect_and_angle_they_were_drawn_with(scale, ratio,
     for _ in range(60):  # bisection
         area = (low + high) / 2
         grown = [middle, middle, (area / r1).sqrt(), (area * r1).sqrt(), angle, flip]
-        at = corners(torch.stack(grown, -1)).flatten(1)
+        at = corners(torch.stack(grown, -1))
         inside = ((at >= 0) & (at <= 1)).all(1)
         low, high = torch.where(inside, area, low), torch.where(inside, high, area)
     largest = low.clamp(max=scale[1])
     torch.testing.assert_close(w * h, scale[0] + (largest - scale[0]) * u[:, 0])
-    assert scale != LIKE_AREAS or (largest == scale[1]).all()
-
-
-def test_area_is_uniform_for_upright_squares_and_small_on_average_by_default():
-    """r0 is uniform on [0.05, 1) for upright squares; by default its mean is 0.26 and 95% of the
-    boxes have less than 0.50."""
-    _, squares = uniform_boxes(20000, ratio=(1, 1), rotation=0)
-    area = (squares[:, 2] * squares[:, 3]).sort().values
-    expected = torch.linspace(0.05, 1, len(area)).double()
-    assert (area - expected).abs().max() < 0.02  # Kolmogorov-Smirnov distance, 2 standard errors
-    _, boxes = uniform_boxes(50000)
-    area = boxes[:, 2] * boxes[:, 3]
-    assert abs(area.mean() - 0.26) < 0.01 and abs(area.quantile(0.95) - 0.50) < 0.015
+    assert scale != LIKE_AREAS or (largest == scale[1]).all()  # the same areas in each row
 
 
 @pytest.mark.parametrize("ratio, rotation, largest", [
@@ -243,9 +227,9 @@ def test_a_lower_area_that_cannot_fit_is_refused(ratio, rotation, largest):
     """At ratio q the worst angle leaves an area of q / (1 + q^2), and a smaller rotation leaves
     more. A range of areas that starts above it is an error."""
     assert crop.largest_area(ratio, rotation) == pytest.approx(largest)
-    uniform_boxes(scale=(largest - 1e-6, 1), ratio=ratio, rotation=rotation)
-    with pytest.raises(InputError, match="at most"):
-        uniform_boxes(scale=(largest + 1e-3, 1), ratio=ratio, rotation=rotation)
+    crop.sample_boxes(rand(6), (largest - 1e-6, 1), ratio, rotation)
+    with pytest.raises(InputError):
+        crop.sample_boxes(rand(6), (largest + 1e-3, 1), ratio, rotation)
 
 
 @pytest.mark.parametrize("m, n", [(160, 64), (64, 32), (48, 48)])
@@ -341,16 +325,6 @@ def test_transformations_go_where_table_1d_says(where):
     assert same == [where in ("exemplar", "none"), where in ("context", "none"), True, True]
 
 
-def test_the_same_numbers_give_the_same_pairs_in_any_grouping():
-    """Uniform numbers in, crops out: a batch equals its images one by one."""
-    context, u = (rand(4, 3, 64, 64) * 255).byte(), rand(4, 7, crop.UNIFORMS, dtype=torch.float32)
-    whole = crop.make_pairs(context, u, 32)
-    for i in range(4):
-        alone = crop.make_pairs(context[i:i + 1], u[i:i + 1], 32)
-        for a, b in zip(whole, alone):
-            torch.testing.assert_close(a[i:i + 1], b, atol=1e-5, rtol=0)
-
-
 # ------------------------------------------------------------------------------------ 2. images
 
 def test_shapes_are_a_function_of_the_index_and_splits_are_disjoint():
@@ -358,38 +332,32 @@ def test_shapes_are_a_function_of_the_index_and_splits_are_disjoint():
     train, again, val = (crop.Shapes(split) for split in ("train", "train", "val"))
     a, b, c = ([x.open(i).tobytes() for i in range(60)] for x in (train, again, val))
     assert a == b and len(set(a)) == 60 and not set(a) & set(c)
-    assert np.bincount(val.labels).tolist() == [len(val) // 8] * 8 and len(train.classes) == 8
-    assert np.bincount(train.labels[:80]).tolist() == [10] * 8 and {*train.labels[80:]} == {-1}
+    assert val.labels == 100 * [*range(8)] and train.labels[:81] == 10 * [*range(8)] + [-1]
 
 
 def test_a_folder_is_read_at_any_depth_through_links_that_may_loop(tmp_path):
     """Extensions count in any case, names that begin with a dot do not; classes are the first
-    level. Links are followed, loops end, and two links to one folder list its images once. A class
-    list names each folder once, by the first word of a line. A file is opened as one of the listed
-    formats or not at all, whatever its name."""
-    root, elsewhere, eps = tmp_path / "root", tmp_path / "elsewhere", tmp_path / "eps.jpg"
+    level, or the first words of a list. Each real folder is read once. A file is opened as one of
+    the listed formats or not at all, whatever its name."""
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
     save_images(root / "b" / "deep" / "er", 2, ext=".JPG")
     save_images(root / "a", 1, ext=".png")
     save_images(root / ".hidden", 1)
     save_images(elsewhere, 1)
-    for link, end in dict(c=elsewhere, d=elsewhere, self=root / "self").items():
-        (root / link).symlink_to(end)
-    (root / "b" / "loop").symlink_to(root)
-    (root / "a" / "b").symlink_to(root / "b")  # its images stay in class b
-    for name in "notes.txt", "._000.png":
-        (root / "a" / name).write_text("no image")
-    (tmp_path / "list").write_text("\ufeffc one, two\n\na\nc\n", encoding="utf-8")
+    for link, end in ("c", elsewhere), ("d", elsewhere), ("b/loop", root), ("a/b", root / "b"):
+        (root / link).symlink_to(end)  # images of a/b stay in class b
+    (root / "a" / "notes.txt").write_text("no image")
+    (root / "a" / "._000.png").write_text("no image")
+    (tmp_path / "list").write_text("c one, two\n\na\nc\n")
     images = crop.Folder(str(root))
     some = crop.Folder(str(root), crop.read_classes(tmp_path / "list"))
     paths = ["a/000.png", "b/deep/er/000.JPG", "b/deep/er/001.JPG", "c/000.jpg"]
-    assert images.paths == [str(root / path) for path in paths]
-    assert images.classes == ["a", "b", "c"] and images.labels == [0, 1, 1, 2]
-    assert some.paths == [images.paths[0], images.paths[3]] and some.labels == [1, 0]
-    with pytest.raises(InputError, match="x"):
-        crop.Folder(str(root), ["x"])
-    Image.new("RGB", (9, 9)).save(eps, "EPS")  # Pillow would start Ghostscript to load it
-    with pytest.raises(OSError):
-        crop.open_image(eps)
+    assert images.paths.tolist() == [str(root / path) for path in paths]
+    assert images.classes == ["a", "b", "c"] and images.labels.tolist() == [0, 1, 1, 2]
+    assert some.paths.tolist() == [*images.paths[[0, 3]]] and some.labels.tolist() == [1, 0]
+    Image.new("RGB", (9, 9)).save(tmp_path / "eps.jpg", "EPS")
+    with pytest.raises(OSError):  # Pillow would start Ghostscript to load it
+        crop.open_image(tmp_path / "eps.jpg")
 
 
 @pytest.mark.parametrize("layout", ["train+val", "train", "flat"])
@@ -399,24 +367,52 @@ def test_what_is_held_out_is_never_trained_on(tmp_path, layout):
         save_images(tmp_path / part, 5 if part == "val" else 60)
     (train, rows), (val, held), _ = crop.train_and_val(str(tmp_path), seed=1)
     names, out = {train.paths[i] for i in rows}, {val.paths[i] for i in held}
-    assert not names & out and crop.train_and_val(str(tmp_path), seed=1)[1][1] == held
+    assert not names & out
+    assert (crop.train_and_val(str(tmp_path), seed=1)[1][1] == held).all()
     assert (len(names), len(out)) == ((60, 5) if layout == "train+val" else (57, 3))
 
 
-@pytest.mark.parametrize("mode, colour, ext, shown", [
-    ("RGB", (200, 100, 50), "webp", None), ("L", 128, "ppm", None), ("LA", (128, 255), "png", None),
-    ("P", 7, "gif", None), ("1", 1, "bmp", None), ("CMYK", (0, 128, 200, 30), "jpg", None),
-    ("RGBA", (9, 99, 9, 0), "png", None), ("I;16", 128 * 257, "png", 128),
-    ("I", 128 * 257, "ppm", 128)])
-def test_every_kind_of_picture_becomes_rgb(tmp_path, mode, colour, ext, shown):
+def test_every_kind_of_picture_becomes_rgb(tmp_path):
     """A file of any kind and format gives the colour that Pillow shows, and one of 16 bits the gray
     that it means. One pixel is high enough."""
-    path = tmp_path / f"x.{ext}"
-    for size in [(40, 30), (500, 1), (1, 300), (1, 1)]:
-        Image.new(mode, size, colour).save(path, lossless=True)  # WebP
-        expected = torch.tensor(shown or Image.open(path).convert("RGB").getpixel((0, 0)))
-        got = crop.cut_context(crop.open_image(path), np.random.default_rng(0), 16)
-        assert (got.int() - expected.view(-1, 1, 1)).abs().max() <= 2
+    for mode, colour, ext in [
+            ("LA", (128, 255), "png"), ("RGBA", (9, 99, 9, 0), "webp"), ("P", 7, "gif"),
+            ("1", 1, "bmp"), ("CMYK", (0, 128, 200, 30), "jpg"), ("I;16", 128 * 257, "png")]:
+        Image.new(mode, (500, 1), colour).save(tmp_path / f"x.{ext}")
+        image = crop.open_image(tmp_path / f"x.{ext}")
+        shown = image.convert("RGB").getpixel((0, 0)) if mode != "I;16" else (128, 128, 128)
+        got = crop.cut_context(image, np.random.default_rng(0), 16)
+        assert (got.int() - torch.tensor(shown).view(3, 1, 1)).abs().max() <= 2
+
+
+def test_a_context_is_the_random_resized_crop_of_the_upright_photo(tmp_path):
+    """cut_context equals torchvision's resized_crop of draw_crop's box, and Pillow's to a level or
+    two, however the photo is turned by EXIF. The box covers half of the photo or more, or is its
+    middle. A large JPEG decoded at a fraction of its size (draft) shows the same."""
+    picture = crop.to_image((rand(3, 6, 8) * 255).byte()).resize((80, 60))
+    stored = [None, Image.FLIP_LEFT_RIGHT, Image.ROTATE_180, Image.FLIP_TOP_BOTTOM,
+              Image.TRANSPOSE, Image.ROTATE_90, Image.TRANSVERSE, Image.ROTATE_270]
+    for seed, turn in enumerate(stored):
+        rng, exif = np.random.default_rng(seed), Image.Exif()
+        exif[0x0112] = seed + 1
+        image = picture.transpose(turn) if turn is not None else picture
+        image.save(tmp_path / "x.png", exif=exif)
+        got = crop.cut_context(Image.open(tmp_path / "x.png"), np.random.default_rng(seed), 32)
+        left, top, w, h = map(round, crop.draw_crop(rng, 80, 60))
+        got = got.flip(-1) if rng.random() < 0.5 else got
+        exact, pillow = (TF.resized_crop(x, top, left, h, w, (32, 32), TF.InterpolationMode.BICUBIC)
+                         for x in (crop.to_tensor(picture), picture))
+        assert torch.equal(got, exact)
+        assert (got.int() - TF.pil_to_tensor(pillow).int()).abs().max() <= 2
+    boxes = np.array([crop.draw_crop(np.random.default_rng(i), 300, 200) for i in range(2000)])
+    assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= (300, 200)).all()
+    assert 0.5 <= (boxes[:, 2] * boxes[:, 3]).min() / 60000 < 0.51
+    assert crop.draw_crop(rng, 500, 1) == pytest.approx(((500 - 4 / 3) / 2, 0, 4 / 3, 1))
+    save_images(tmp_path, 1, size=(800, 600))
+    photo = Image.open(tmp_path / "000.jpg")
+    fast, slow = (crop.cut_context(image, np.random.default_rng(1), 64).float()
+                  for image in (photo, Image.open(photo.filename).copy()))
+    assert photo.width < 800 and (fast - slow).abs().mean() < 2
 
 
 @pytest.mark.parametrize("ext, tolerance", [("jpg", 6), ("png", 0), ("webp", 0), ("tif", 0)])
@@ -443,71 +439,41 @@ def test_a_photo_that_is_stored_turned_is_cut_like_the_upright_one(ext, toleranc
         assert (got - expected).abs().max() <= tolerance, seed
 
 
-def test_a_context_is_the_random_resized_crop_of_the_photo(tmp_path):
-    """cut_context equals torchvision's resized_crop of draw_crop's box, and Pillow's to a level or
-    two. The box covers half of the photo or more, or is its middle. A large JPEG decoded at a
-    fraction of its size (draft) shows the same."""
-    picture = crop.to_image((rand(3, 6, 8) * 255).byte()).resize((80, 60))
-    for seed in range(4):
-        got = crop.cut_context(picture, np.random.default_rng(seed), 32)
-        rng = np.random.default_rng(seed)
-        left, top, w, h = map(round, crop.draw_crop(rng, 80, 60))
-        got = got.flip(-1) if rng.random() < 0.5 else got
-        exact, pillow = (TF.resized_crop(x, top, left, h, w, (32, 32), TF.InterpolationMode.BICUBIC)
-                         for x in (crop.to_tensor(picture), picture))
-        assert torch.equal(got, exact)
-        assert (got.int() - TF.pil_to_tensor(pillow).int()).abs().max() <= 2
-    boxes = np.array([crop.draw_crop(np.random.default_rng(i), 300, 200) for i in range(2000)])
-    assert (boxes[:, :2] >= 0).all() and (boxes[:, :2] + boxes[:, 2:] <= (300, 200)).all()
-    assert 0.5 <= (boxes[:, 2] * boxes[:, 3]).min() / 60000 < 0.51
-    assert crop.draw_crop(rng, 500, 1) == pytest.approx(((500 - 4 / 3) / 2, 0, 4 / 3, 1))
-    save_images(tmp_path, 1, size=(800, 600))
-    photo = Image.open(tmp_path / "000.jpg")
-    fast, slow = (crop.cut_context(image, np.random.default_rng(1), 64).float()
-                  for image in (photo, Image.open(photo.filename).copy()))
-    assert photo.width < 800 and (fast - slow).abs().mean() < 2
-
-
-def loaded(world=1, rank=0, workers=0, micro=8, seed=0, steps=range(3, 7)):
-    """The contexts of some steps of 8 images out of 20, as one process gets them."""
-    cfg = config(*TINY, f"--micro_batch={micro}", f"--seed={seed}")
-    machine = dataclasses.replace(CPU, rank=rank, world=world)
-    batches = pretrain.micro_batches(cfg, pretrain.make_plan(cfg, machine, 20), rank, steps)
-    dataset = samples(crop.Shapes("val"), 20, 32, seed)
-    return torch.cat([x for x, _ in pretrain.make_loader(dataset, batches, workers, machine)])
-
-
 def test_the_images_of_a_step_do_not_depend_on_the_machine():
     """Any number of workers, processes and micro-batches sees the same contexts in the same order,
-    from any step on; another seed sees others."""
+    from any step on; another seed sees others. An epoch is a permutation of the images, each time
+    another one with other crops; its incomplete batch is dropped."""
+    def loaded(world=1, rank=0, workers=0, micro=8, seed=0, steps=range(3, 7)):
+        cfg = config(*TINY, f"--micro_batch={micro}", f"--seed={seed}")
+        machine = dataclasses.replace(CPU, rank=rank, world=world)
+        batches = pretrain.micro_batches(cfg, pretrain.make_plan(cfg, machine, 20), rank, steps)
+        dataset = samples(crop.Shapes("val"), 20, 32, seed)
+        return torch.cat([x for x, _ in pretrain.make_loader(dataset, batches, workers, machine)])
+
     whole = loaded()
     assert len(whole) == 32 and torch.equal(whole[16:], loaded(steps=range(5, 7)))
     assert torch.equal(whole, loaded(workers=2)) and torch.equal(whole, loaded(micro=2))
     halves = torch.stack([loaded(world=2, rank=r, micro=4).unflatten(0, (4, 4)) for r in (0, 1)], 1)
-    assert torch.equal(whole, halves.flatten(0, 2)) and not torch.equal(whole, loaded(seed=1))
-
-
-def test_an_epoch_shows_each_image_once_and_each_epoch_other_crops():
-    """An epoch is a permutation of the images, cut into batches, another one each time; the
-    incomplete batch is dropped. The crop of an image is the same in the same epoch only."""
+    assert torch.equal(whole, halves.flatten(0, 2))
+    assert not torch.equal(whole, loaded(seed=1))
     cfg = config(*TINY)
     batches = pretrain.micro_batches(cfg, pretrain.make_plan(cfg, CPU, 20), 0, range(6))
     epochs, numbers = zip(*(key for batch in batches for key in batch))
-    assert epochs == (0,) * 16 + (1,) * 16 + (2,) * 16 and set(numbers) <= set(range(20))
+    assert epochs == (0,) * 16 + (1,) * 16 + (2,) * 16
     assert len(set(zip(epochs, numbers))) == 48 and numbers[:16] != numbers[16:32]
-    first, second, again = (samples(crop.Shapes("val"), 1, 32)[e, 0][0] for e in (0, 1, 1))
-    assert not torch.equal(first, second) and torch.equal(second, again)
+    first, second = (samples(crop.Shapes("val"), 1, 32)[epoch, 0][0] for epoch in (0, 1))
+    assert not torch.equal(first, second)
 
 
 # --------------------------------------------------------------------------------- 3. the model
 
-def tiny_cim(encoder="vit_d8", width=32, depth=1):
+def tiny_cim(encoder="vit_d8", width=32):
     """-> a CIM for the smallest images, its (context, exemplars, maps)."""
     torch.manual_seed(0)
     n = 2 * (model.ENCODERS[encoder][2] if model.ENCODERS[encoder] else 32)
     pairs = torch.randn(2, 3, 2 * n, 2 * n), torch.randn(2, 3, 3, n, n)
     maps = (torch.rand(2, 3, 2 * n, 2 * n) > 0.7).float()
-    return model.CIM(encoder, 2 * n, width, depth), (*pairs, maps)
+    return model.CIM(encoder, 2 * n, width), (*pairs, maps)
 
 
 @pytest.mark.parametrize("n, m", [(17, 17), (101, 101), (100, 17), (9, 300)])
@@ -549,9 +515,8 @@ def test_vit_equals_torchvisions():
 
 def test_resnet50_equals_torchvisions():
     """ResNet-50 with torchvision's weights gives its last feature map, row by row, in training and
-    in evaluation, and updates its BatchNorm statistics in the same way. In float64: convolutions of
-    another memory layout round otherwise."""
-    theirs = torchvision.models.resnet50(weights=None).double()
+    in evaluation, and updates its BatchNorm statistics in the same way."""
+    theirs = torchvision.models.resnet50(weights=None).double()  # another memory layout rounds
     ours, x = model.build_encoder("resnet50").double(), torch.randn(2, 3, 96, 64).double()
     ours.load_state_dict({k: v for k, v in theirs.state_dict().items() if not k.startswith("fc.")})
     body = nn.Sequential(*list(theirs.children())[:-2])
@@ -563,17 +528,13 @@ def test_resnet50_equals_torchvisions():
         torch.testing.assert_close(value, theirs.state_dict()[key], atol=1e-9, rtol=1e-9)
 
 
-@pytest.mark.parametrize("name, width, parameters", [
-    ("vit_t16", 192, 5_524_416), ("vit_s16", 384, 21_665_664), ("vit_b16", 768, 85_798_656),
-    ("vit_l16", 1024, 303_301_632), ("resnet50", 2048, 23_508_032)])
-def test_encoders_have_the_published_sizes(name, width, parameters):
-    """timm's and torchvision's parameter counts without the classifier; tables are for 224 px."""
-    with torch.device("meta"):
-        encoder = model.build_encoder(name)
-        tokens = encoder(torch.empty(2, 3, 160, 160))
-    assert sum(p.numel() for p in encoder.parameters()) == parameters and encoder.width == width
-    assert tokens.shape == (2, 25 if name == "resnet50" else 1 + 100, width)
-    assert name == "resnet50" or encoder.pos_embed.shape == (1, 197, width)
+def test_encoders_have_the_published_sizes():
+    """The parameter counts of timm and torchvision, without the classifier."""
+    for name, count in dict(vit_t16=5_524_416, vit_s16=21_665_664, vit_b16=85_798_656,
+                            vit_l16=303_301_632, resnet50=23_508_032).items():
+        with torch.device("meta"):
+            encoder = model.build_encoder(name)
+        assert sum(p.numel() for p in encoder.parameters()) == count
 
 
 def test_positions_are_the_fixed_sincos_of_row_and_column():
@@ -613,18 +574,6 @@ def test_cross_attention_equals_multihead_attention():
     torch.testing.assert_close(decoder(h_c, h_z, 12), expected)
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_exemplars_do_not_see_each_other(depth):
-    """Each exemplar alone gives the map that it gives in a batch, and maps differ."""
-    cim, (context, exemplars, maps) = tiny_cim(depth=depth)
-    nn.init.normal_(cim.decoder.predictor.weight)
-    _, logits = cim(context, exemplars, maps)
-    for b, k in np.ndindex(2, 3):
-        _, alone = cim(context[b:b + 1], exemplars[b:b + 1, k:k + 1], maps[:1, :1])
-        torch.testing.assert_close(alone[0, 0], logits[b, k])
-    assert (logits[:, 0] - logits[:, 1]).abs().max() > 1e-3
-
-
 @pytest.mark.parametrize("encoder, width", [("vit_d8", 32), ("vit_s16", 512), ("resnet50", 512)])
 def test_the_loss_is_equation_7_and_starts_at_ln_2(encoder, width):
     """Binary cross-entropy, the mean over pixels, exemplars and images, in float64. An untrained
@@ -637,19 +586,6 @@ def test_the_loss_is_equation_7_and_starts_at_ln_2(encoder, width):
     y, p = pairs[2].double(), logits.double().sigmoid()
     expected = -(y * p.log() + (1 - y) * (1 - p).log()).mean()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5) and loss > 0.75
-
-
-@pytest.mark.parametrize("encoder", ["vit_d8", "resnet50"])
-def test_gradients_reach_the_online_encoder_and_the_decoder_only(encoder):
-    """Section 3.2: the online network learns. The target gets no gradient, nor do the fixed tables
-    and a ViT's frozen patch embedding; a ResNet has none that could be frozen."""
-    cim, pairs = tiny_cim(encoder)
-    cim(*pairs)[0].backward()
-    for name, p in cim.named_parameters():
-        if name.startswith("target.") or "pos" in name or "patch_embed" in name:
-            assert p.grad is None and not p.requires_grad, name
-        else:  # f_k.bias adds the same number to all scores of a query, which has no effect
-            assert (p.grad.abs().max() > 1e-8) != name.endswith("f_k.bias"), name
 
 
 def test_the_target_is_the_moving_average_of_everything():
@@ -667,34 +603,26 @@ def test_the_target_is_the_moving_average_of_everything():
         torch.testing.assert_close(cim.target.state_dict()[key], expected, atol=1e-6, rtol=1e-5)
 
 
-def test_the_target_normalises_contexts_by_contexts():
-    """Design 3: in training the target's BatchNorm uses the statistics of the contexts at hand."""
-    (cim, pairs), seen = tiny_cim("resnet50"), []
-    cim.target.bn1.register_forward_hook(lambda m, i, o: seen.append(o))
-    cim(*pairs)
-    assert seen[0].mean((0, 2, 3)).abs().max() < 1e-4  # normalised with its own batch
-
-
-def test_a_shared_encoder_keeps_statistics_of_exemplars_and_of_contexts():
-    """Table 2, shared, and the trackers: one set of weights sees both sides. In training BatchNorm
-    normalises each side by itself, so it has to remember each for evaluation. `online`, which is
-    what encoder.pt holds, has the statistics of contexts."""
-    pairs = tiny_cim("resnet50")[1][:2]
-    for cim in (model.CIM("resnet50", 128, 32, bootstrap="shared"),
-                model.Tracking("siamfc", "resnet50", 128)):
-        assert all(a is b for a, b in zip(cim.online.parameters(), cim.target.parameters(),
-                                          strict=True))
-        cim.encode(*pairs)
-        cim.update_target(0.5)
-        for encoder, images in ((cim.online, pairs[0]), (cim.target, pairs[1].flatten(0, 1))):
+def test_batchnorm_keeps_contexts_and_exemplars_apart():
+    """In training BatchNorm normalises each side by itself and remembers its statistics, the
+    target's too (design 3), and where one set of weights sees both sides: Table 2, shared, and the
+    trackers. There `online`, which is what encoder.pt holds, has the statistics of contexts."""
+    context, exemplars, _ = tiny_cim("resnet50")[1]
+    for cim in (model.CIM("resnet50", 128, 32), model.Tracking("siamfc", "resnet50", 128),
+                model.CIM("resnet50", 128, 32, bootstrap="shared")):
+        shared = all(map(operator.is_, cim.online.parameters(), cim.target.parameters()))
+        assert shared == (cim.bootstrap == "shared")
+        f_c, f_z = (cim.online, cim.target) if shared else (cim.target, cim.online)
+        cim.encode(context, exemplars)
+        cim.update_target(0.5 if shared else 1.0)
+        for encoder, images in (f_c, context), (f_z, exemplars.flatten(0, 1)):
             mean = cim.online.conv1(images).mean((0, 2, 3))
             torch.testing.assert_close(encoder.bn1.running_mean, 0.1 * mean)
 
 
 # -------------------------------------------------------------------------------- 4. ablations
 
-ABLATIONS = README.split("## The ablations")[1].split("\n## ")[0]
-ROWS = dict(re.findall(r"^\| (\w+) \| `([^`]*)`", ABLATIONS, re.M))  # of Tables 1-4 and Figure 4
+ROWS = dict(re.findall(r"^\| (\w+) \| `(--[^`]*)`", README, re.M))  # of Tables 1-4 and Figure 4
 
 
 def test_the_readme_has_every_ablation():
@@ -713,7 +641,7 @@ def test_the_readme_has_every_ablation():
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_of_the_ablations_trains(name):
     """Two steps lower the loss of their batch. Gradients reach what should learn and nothing else.
-    The loss is the mean over contexts; exemplars do not see each other."""
+    Each exemplar has the map that it has alone, and the loss is the mean over contexts."""
     cfg = config("--model=vit_d8", "--context_size=32", "--exemplar_size=16", *ROWS[name].split())
     contexts = first_images(crop.Shapes("train"), 4, cfg.context_size)
     pairs = pretrain.make_pairs(contexts, pretrain.uniforms(cfg, (4, 0), 4), cfg)[:3]
@@ -728,16 +656,17 @@ def test_every_row_of_the_ablations_trains(name):
         assert isinstance(cim.decoder.predictor, nn.Sequential) == (cfg.predictor == "deconv")
         assert (len(layers), layers[0].f_c.out_features) == (cfg.decoder_depth, cfg.decoder_width)
     loss, logits = cim(*pairs)
-    halves = [cim(*(x[half] for x in pairs))[0] for half in (slice(2), slice(2, 4))]
-    torch.testing.assert_close(sum(halves) / 2, loss, atol=1e-5, rtol=1e-5)
-    rolled = cim(pairs[0], *(x.roll(1, 1) for x in pairs[1:]))[1]
-    error = (rolled - logits.roll(1, 1)).abs().max()
-    assert error < 1e-4 and error < 1e-2 * (rolled - logits).abs().max()
+    alone = [cim(*(x[b:b + 1] for x in pairs)) for b in range(4)]
+    torch.testing.assert_close(sum(loss for loss, _ in alone) / 4, loss, atol=1e-5, rtol=1e-5)
+    scale = (logits - logits.roll(1, 1)).abs().max()  # by how much maps differ
+    first = cim(pairs[0], *(x[:, :1] for x in pairs[1:]))[1]
+    for got, expected in (torch.cat([y for _, y in alone]), logits), (first, logits[:, :1]):
+        assert (got - expected).abs().max() < min(1e-4, 1e-2 * scale)
     loss.backward()
     for key, p in cim.named_parameters():
         fixed = key.startswith("target.") or "pos" in key or (
             "patch_embed" in key and cfg.freeze_patch_embed)
-        no_effect = key.endswith("f_k.bias") and cfg.correlation == "cross_attention"  # section 3
+        no_effect = key.endswith("f_k.bias") and cfg.correlation == "cross_attention"
         assert p.requires_grad != fixed and (p.grad is None) == fixed, key
         assert fixed or no_effect or p.grad.abs().max() > 1e-9, key
     optimizer.step()
@@ -828,22 +757,17 @@ def test_siamfc_and_siamrpn_correlate_features():
 
 def test_transt_attends_as_written():
     """TransT: four layers, then a last one. Each norm comes first; self-attention, cross-attention
-    and an MLP, head by head; positions are added once, to both sides."""
+    and an MLP; positions are added once, to both sides."""
     head, h_c, h_z = model.TransT(64, 3).double(), rand(2, 9, 64), rand(2, 2, 1 + 4, 64)
     for p in head.parameters():
         nn.init.normal_(p, std=0.3)
     p_c, p_z = head.positions, model.resize_positions(head.positions[None], 2, 2)[0]
-    assert len(head.layers) == 4
-
-    def attend(part, q, k):  # two heads of 32 channels
-        weights, biases = part.in_proj_weight.chunk(3), part.in_proj_bias.chunk(3)
-        qkv = [F.linear(x, w, b).split(32, 1) for x, w, b in zip((q, k, k), weights, biases)]
-        heads = [(q @ k.T / math.sqrt(32)).softmax(1) @ v for q, k, v in zip(*qkv)]
-        return part.out_proj(torch.cat(heads, 1))
+    assert len(head.layers) == 4 and head.last.self_attn.num_heads == 2  # of 32 channels
 
     def layer(part, x, y):
-        x = x + attend(part.self_attn, part.norm1(x), part.norm1(x))
-        x = x + attend(part.multihead_attn, part.norm2(x), y)
+        q = part.norm1(x)
+        x = x + part.self_attn(q, q, q)[0]
+        x = x + part.multihead_attn(part.norm2(x), y, y)[0]
         return x + part.linear2(F.gelu(part.linear1(part.norm3(x))))
 
     for b, k in np.ndindex(2, 2):
@@ -959,7 +883,7 @@ def test_four_steps_equal_the_recipe_written_out(tmp_path, four):
         tau = 1 - 0.3 * (1 + math.cos(math.pi * step / 15)) / 2
         for t, o in zip(cim.target.parameters(), cim.online.parameters()):
             t.data.lerp_(o, 1 - tau)
-    saved = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
+    saved = load(tmp_path / "ckpt.pt")["model"]
     torch.testing.assert_close(saved, dict(cim.state_dict()), atol=0, rtol=0)
 
 
@@ -968,11 +892,11 @@ def test_two_processes_equal_one(tmp_path, four):
     held-out measures and weights."""
     torchrun("pretrain.py", *TINY, *four[0], "--micro_batch=2", f"--out={tmp_path}")
     for a, b in zip(*map(read_log, (four[1], tmp_path)), strict=True):
-        assert (a["step"], a["loss"]) == pytest.approx((b["step"], b["loss"]), rel=1e-4)
-        assert a.keys() == b.keys() and ("iou" in a) == (a["step"] % 2 == 0)
-        for key in a.keys() - {"images_per_s", "data_wait"}:
-            assert a[key] == pytest.approx(b[key], rel=1e-3, abs=1e-5), key
-    torch.testing.assert_close(encoder_of(four[1]), encoder_of(tmp_path), atol=1e-5, rtol=1e-3)
+        assert a["loss"] == pytest.approx(b["loss"], rel=1e-4)
+        assert a == pytest.approx(b, rel=1e-3, abs=1e-5)
+        assert ("iou" in a) == (a["step"] % 2 == 0)
+    one, two = (load(out / "encoder.pt") for out in (four[1], tmp_path))
+    torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-3)
 
 
 def test_four_steps_equal_two_and_resumed_two_bit_for_bit(tmp_path, four):
@@ -982,40 +906,32 @@ def test_four_steps_equal_two_and_resumed_two_bit_for_bit(tmp_path, four):
     with open(tmp_path / "log.jsonl", "a") as f:
         f.write('{"step": 3, "lost": "in a crash"}\n\0\0}\n{"step": 4, "tor')
     for _ in range(2):
-        parts = demo(tmp_path, *four[0], "--micro_batch=8", "--workers=1")
-        for a, b in zip(read_log(four[1]), parts, strict=True):
-            same = a.keys() - {"images_per_s", "data_wait"}
-            assert a.keys() == b.keys() and {k: a[k] for k in same} == {k: b[k] for k in same}
-        a, b = (torch.load(out / "ckpt.pt", weights_only=True) for out in (four[1], tmp_path))
+        assert demo(tmp_path, *four[0], "--micro_batch=8", "--workers=1") == read_log(four[1])
+        a, b = (load(out / "ckpt.pt") for out in (four[1], tmp_path))
         for part in ("step", "model", "optimizer"):
             torch.testing.assert_close(a[part], b[part], atol=0, rtol=0)
-        for name in ("encoder", "target"):
-            got = torch.load(tmp_path / f"{name}.pt", weights_only=True)
-            side = "online" if name == "encoder" else "target"
+        for name, side in ("encoder", "online"), ("target", "target"):
+            got = load(tmp_path / f"{name}.pt")
             assert all(torch.equal(v, a["model"][f"{side}.{k}"]) for k, v in got.items())
             (tmp_path / f"{name}.pt").unlink()
 
 
-def test_bfloat16_stays_close_to_float32(tmp_path, four):
-    """bf16 autocast changes the loss of the first steps by less than 1% and keeps fp32 weights."""
-    rows = read_log(four[1]), demo(tmp_path, *four[0], "--dtype=bfloat16")
-    plain, brief = ([row["loss"] for row in log] for log in rows)
-    assert plain == pytest.approx(brief, rel=0.01) and plain != brief
-    assert {v.dtype for v in encoder_of(tmp_path).values()} == {torch.float32}
-
-
 @pytest.mark.parametrize("name, flags", [
-    ("vit_d8", ["--decoder=siamrpn"]), ("resnet50", ["--exemplars=2", "--batch_size=2"])])
+    ("vit_d8", ["--decoder=siamrpn", "--dtype=bfloat16"]),
+    ("resnet50", ["--exemplars=2", "--batch_size=2"])])
 def test_trackers_and_resnet50_are_resumed_and_measured_like_the_default(
         name, flags, tmp_path, four):
-    """Table 4's trackers and the CNN of Table 9's note go through the same loop: held-out skill, a
-    resumed run, the encoder's file, evaluate.py's maps."""
+    """Table 4's trackers and Table 9's CNN go through the same loop: held-out skill, a resumed run,
+    the encoder's file, in float32 also after bf16, evaluate.py's maps."""
     for steps in (1, 2):
         rows = demo(tmp_path, *four[0], f"--model={name}", *flags, f"--max_steps={steps}")
     assert [r["step"] for r in rows] == [1, 2] and math.isfinite(rows[1]["skill"])
-    model.build_encoder(name).load_state_dict(encoder_of(tmp_path))
+    model.build_encoder(name).load_state_dict(load(tmp_path / "encoder.pt"))
+    dtypes = {v.dtype for v in load(tmp_path / "encoder.pt").values()}
+    assert dtypes <= {torch.float32, torch.int64}
     report = score(tmp_path / "x", "--bench=maps", f"--ckpt={tmp_path / 'ckpt.pt'}", four[0][0])
     assert report["n"] == 3 and math.isfinite(report["skill"])
+    assert Image.open(tmp_path / "x" / "figures.png").width > 500
 
 
 def test_gflop_per_image_equals_the_hand_count():
@@ -1032,14 +948,9 @@ def test_gflop_per_image_equals_the_hand_count():
     assert pretrain.gflop_per_image(pretrain.Config()) * 1e9 == pytest.approx(hand, rel=0.02)
 
 
-@pytest.mark.parametrize("script, presets", [
-    (pretrain, pretrain.PRESETS), (finetune, finetune.RECIPES), (evaluate, {})])
-def test_presets_are_values_only_and_every_field_is_read(script, presets):
-    """A preset names fields and nothing else. No field is a flag that nothing reads, in its script
-    or in those whose functions that calls."""
-    first = dataclasses.fields(script.Config)[0].name
-    for preset, values in presets.items():
-        assert values.items() <= vars(config(f"--{first}={preset}", script=script)).items()
+@pytest.mark.parametrize("script", [pretrain, finetune, evaluate])
+def test_every_field_is_read(script):
+    """No field is a flag that nothing reads."""
     text = "".join(open(module.__file__).read() for module in (script, finetune, pretrain))
     read = {"preset", "compile", *re.findall(r"\bcfg\.(\w+)", text)}  # compile: by getattr
     assert vars(config(script=script)).keys() <= read
@@ -1047,60 +958,45 @@ def test_presets_are_values_only_and_every_field_is_read(script, presets):
 
 # ---------------------------------------------------------------------------------- 6. honesty
 
-@pytest.mark.parametrize("encoder, count, m, n, width, lr, steps, share", [
-    ("vit_d8", 8, 32, 16, 64, 2e-3, 180, 0.6), ("resnet50", 1, 128, 64, 512, 3e-4, 30, 0.9)])
-def test_a_few_images_can_be_overfitted(encoder, count, m, n, width, lr, steps, share):
+def test_a_few_images_can_be_overfitted():
     """The loss falls well below that of each image's mean map, the best answer that does not tell
     its exemplars apart."""
     torch.manual_seed(0)
-    cim = model.CIM(encoder, m, width, freeze_patch_embed=False)
-    contexts = first_images(crop.Shapes("train"), count, m)
-    pairs = crop.make_pairs(contexts, rand(count, 7, crop.UNIFORMS, dtype=torch.float32), n)[:3]
-    optimizer = torch.optim.AdamW(pretrain.parameter_groups(cim, 0.05), lr=lr, fused=True)
-    for _ in range(steps):
+    cim = model.CIM("vit_d8", 32, 64, freeze_patch_embed=False)
+    contexts = first_images(crop.Shapes("train"), 8, 32)
+    pairs = crop.make_pairs(contexts, rand(8, 7, crop.UNIFORMS, dtype=torch.float32), 16)[:3]
+    optimizer = torch.optim.AdamW(pretrain.parameter_groups(cim, 0.05), lr=2e-3, fused=True)
+    for _ in range(180):
         loss, _ = cim(*pairs)
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         cim.update_target(0.99)
     mean = pairs[2].mean(1, keepdim=True).expand_as(pairs[2])
-    assert loss < share * F.binary_cross_entropy(mean, pairs[2])
-
-
-class Oracle(nn.Module):
-    """Looks like CIM to HeldOut. An exemplar's only feature is its mean colour, and the decoder's
-    map for it is what `answer` makes of that feature [B, K, 1, 3]."""
-
-    def __init__(self, answer):
-        super().__init__()
-        self.answer = answer
-
-    def encode(self, context, exemplars):
-        return None, exemplars.mean((3, 4))[:, :, None]
-
-    def decoder(self, h_c, h_z, size):
-        p = self.answer(h_z).expand(*h_z.shape[:2], size, size)
-        return torch.logit(p.clamp(1e-6, 1 - 1e-6))
+    assert loss < 0.6 * F.binary_cross_entropy(mean, pairs[2])
 
 
 def test_skill_is_zero_without_the_exemplar_and_one_with_the_answer():
-    """skill = 1 - loss / baseline: the mean map has skill 0 and 0.5 everywhere less; a model that
-    knows each exemplar's map has 1, and less than 0 when exemplars are swapped between images. The
-    baseline is near the entropy of the mean map of many more boxes, about 0.42 nats."""
+    """skill = 1 - loss / baseline: the mean map has skill 0; a model that knows each exemplar's map
+    has 1, and less than 0 when exemplars are swapped between images. The baseline is near the
+    entropy of the mean map of many more boxes, about 0.42 nats."""
     held = pretrain.HeldOut(crop.Shapes("val"), list(range(30)), config(*TINY), CPU)
     contexts = torch.cat([x for x, _ in held.images])
     _, exemplars, maps, _ = pretrain.make_pairs(contexts, held.u, held.cfg)
     colours = exemplars.mean((3, 4)).flatten(0, 1)
-    assert len(colours.unique(dim=0)) == 30 * 6
 
-    def know(h_z):
-        nearest = torch.cdist(h_z.flatten(0, 2), colours).argmin(1)
-        return maps.flatten(0, 1)[nearest].unflatten(0, h_z.shape[:2])
+    def know(colour):
+        nearest = torch.cdist(colour.flatten(0, 1), colours).argmin(1)
+        return maps.flatten(0, 1)[nearest].view(*colour.shape[:2], 64, 64)
 
-    mean, half, known = (held.evaluate(Oracle(answer)) for answer in (
-        lambda h_z: held.mean_map, lambda h_z: torch.tensor(0.5), know))
+    def measure(answer):  # of a model to which an exemplar is its mean colour
+        cim = nn.Module()
+        cim.encode = lambda context, exemplars: (context, exemplars.mean((3, 4)))
+        cim.decoder = lambda h_c, h_z, size: answer(h_z).clamp(1e-6, 1 - 1e-6).logit()
+        return held.evaluate(cim)
+
+    known, mean = measure(know), measure(lambda h_z: held.mean_map.expand(len(h_z), 6, 64, 64))
     assert mean["skill"] == pytest.approx(0, abs=1e-4) and mean["skill_swapped"] == mean["skill"]
-    assert half["heldout_loss"] == pytest.approx(math.log(2)) and half["skill"] < -0.5
     assert known["skill"] > 0.999 and known["skill_swapped"] < 0 and known["iou"] == 100
     theta = crop.affine_from_boxes(crop.sample_boxes(rand(20000, 6, seed=5).float()))
     p = torch.stack([crop.rasterize_maps(part, 64).mean(0) for part in theta.split(500)]).mean(0)
@@ -1110,19 +1006,16 @@ def test_skill_is_zero_without_the_exemplar_and_one_with_the_answer():
 
 
 def test_held_out_measures_equal_a_float64_loop():
-    """Cross-entropy, that of the average map, and the IoU of each map at 0.5, by a plain loop; the
-    average map's IoU at the threshold that is best for it, 44% by default where 0.5 gives 37%. The
-    shares of two processes add up to the sums of one."""
+    """Cross-entropy, that of the average map, and the IoU of each map at 0.5; the average map's IoU
+    at the threshold that is best for it. The shares of two processes add up to the sums of one."""
     cim, cfg, sums = model.CIM("vit_d8", 64, 64), config(*TINY), []
     nn.init.normal_(cim.decoder.predictor.weight, std=0.3)
-    for machine in process(0, 1), process(0, 2), process(1, 2):
+    for machine in process(0, 2), process(1, 2), process(0, 1):
         machine.sum = lambda x: sums.append(x.clone())
         held = pretrain.HeldOut(crop.Shapes("val"), list(range(40)), cfg, machine)
-        if len(sums) == 0:
-            got, contexts = held.evaluate(cim), torch.cat([x for x, _ in held.images])
-        else:
-            held.evaluate(cim)
-    torch.testing.assert_close(sums[1] + sums[2], sums[0])
+        got = held.evaluate(cim)
+    torch.testing.assert_close(sums[0] + sums[1], sums[2])
+    contexts = torch.cat([x for x, _ in held.images])
     context, exemplars, maps, _ = pretrain.make_pairs(contexts, held.u, cfg)
     with torch.no_grad():
         p, mean, rows = cim(context, exemplars, maps)[1].double().sigmoid(), held.mean_map, []
@@ -1182,17 +1075,13 @@ def test_drop_path_keeps_the_expectation():
 
 
 def test_randaugment_is_drawn_as_timm_writes_it():
-    """"9 / 0.5": half of all operations are applied, their magnitudes are N(9, 0.5) cut to 10, and
-    the same seed gives the same picture."""
+    """"9 / 0.5": half of all operations are applied, their magnitudes are N(9, 0.5) cut to 10."""
     augment, seen, rng = finetune.RandAugment(9, 0.5, 0.5), [], np.random.default_rng(0)
     augment.forward = lambda image: seen.append(augment.magnitude / 100)
     for _ in range(1000):
         augment.augment(None, rng)
     assert abs(len(seen) / 2000 - 0.5) < 0.05 and max(seen) == 10
     assert abs(np.median(seen) - 9) < 0.06 and abs(np.quantile(seen, 0.16) - 8.5) < 0.1
-    scene, augment = crop.Shapes("train").open(0), finetune.RandAugment(9, 0.5, 1.0)
-    once, again, other = (augment.augment(scene, np.random.default_rng(s)) for s in (4, 4, 5))
-    assert once == again and once != other
 
 
 def test_knn_equals_a_brute_force_loop():
@@ -1205,8 +1094,6 @@ def test_knn_equals_a_brute_force_loop():
             for cosine, j in sorted((float(q @ b), j) for j, b in enumerate(bank))[-k:]:
                 votes[labels[j]] += math.exp(cosine / 0.07)
             assert votes[chosen] == max(votes)
-    nearest = labels[(queries @ bank.T).argmax(1)]  # alone counts when it is cold
-    assert torch.equal(evaluate.vote(queries, bank, labels, 4, 80, 1e-30), nearest)
 
 
 @pytest.mark.parametrize("released", [False, True])
@@ -1238,23 +1125,20 @@ def test_checkpoints_load_whole(released, tmp_path):
 @pytest.mark.parametrize("name", ["resnet50", "vit_s16"])
 def test_torchvision_and_timm_read_our_weights_and_we_theirs(name, tmp_path):
     """Loaded from model.pt, torchvision's resnet50 and (where it is installed) timm's ViT give our
-    logits, and so does our model loaded from theirs. At other sizes timm's are close."""
+    logits, and so does our model loaded from theirs."""
     if name == "resnet50":
         theirs = torchvision.models.resnet50(num_classes=3).eval()
     else:
         timm = pytest.importorskip("timm")
-        theirs = timm.create_model("vit_small_patch16_224", num_classes=3, global_pool="avg",
-                                   dynamic_img_size=True).eval()
+        theirs = timm.create_model("vit_small_patch16_224", num_classes=3, global_pool="avg").eval()
     ours, x = save_classifier(tmp_path / "x.pt", ["a", "b", "c"], name), torch.randn(1, 3, 224, 224)
-    theirs.load_state_dict(torch.load(tmp_path / "x.pt", weights_only=True)["weights"])
+    theirs.load_state_dict(load(tmp_path / "x.pt")["weights"])
     torch.save(theirs.state_dict(), tmp_path / "theirs.pt")
     again = model.Classifier(name, 3).eval()
     state = finetune.read_weights(tmp_path / "theirs.pt")[1]
     finetune.load_weights(again, state, "theirs.pt", head=True)
     for net in ours, again:
         torch.testing.assert_close(net(x), theirs(x), atol=1e-4, rtol=1e-4)
-    small = x[:, :, :160, :160]
-    assert (ours(small) - theirs(small)).norm() < 0.05 * ours(small).norm()
 
 
 def test_a_step_of_fine_tuning_equals_the_recipe_written_out(classes3, tmp_path):
@@ -1283,7 +1167,7 @@ def test_a_step_of_fine_tuning_equals_the_recipe_written_out(classes3, tmp_path)
             rate = 0.005 * next(r for start, r in rates.items() if name.startswith(start))
             decay = 0.3 if name.endswith("weight") and p.ndim > 1 else 0
             torch.optim.AdamW([p], lr=rate, weight_decay=decay, fused=True).step()
-    got = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
+    got = load(tmp_path / "ckpt.pt")["model"]
     for key, value in net.state_dict().items():
         torch.testing.assert_close(got[key], value, atol=1e-6, rtol=1e-5)
 
@@ -1294,7 +1178,7 @@ def test_a_linear_probe_trains_the_head_alone(classes3, tmp_path):
     tune(tmp_path, classes3, "--recipe=linear", "--model=resnet50", "--max_steps=1")
     torch.manual_seed(0)
     before = model.Classifier("resnet50", 3, probe=True).state_dict()
-    after = torch.load(tmp_path / "ckpt.pt", weights_only=True)["model"]
+    after = load(tmp_path / "ckpt.pt")["model"]
     assert {k for k in before if not torch.equal(before[k], after[k])} == {
         "head.weight", "head.bias", "fc_norm.running_mean", "fc_norm.running_var",
         "fc_norm.num_batches_tracked"}
@@ -1302,8 +1186,7 @@ def test_a_linear_probe_trains_the_head_alone(classes3, tmp_path):
 
 def test_fine_tuning_goes_on_bit_for_bit(classes3, tmp_path, monkeypatch):
     """With everything random on, a run goes on after a signal and equals the whole. One that comes
-    during validation saves without finishing it: that is done again, and gives the same row. So is
-    a last step that was no last step before, and was logged without a score."""
+    during validation saves without finishing it: that is done again, and gives the same row."""
     flags = ["--mixup=0.8", "--cutmix=1", "--drop_path=0.5", "--randaugment_p=0.5",
              "--erasing=0.5", "--repeats=3", "--max_steps=4", "--eval_epochs=1"]
     whole, real, seen = tune(tmp_path / "a", classes3, *flags), crop.cut_centre, []
@@ -1318,19 +1201,9 @@ def test_fine_tuning_goes_on_bit_for_bit(classes3, tmp_path, monkeypatch):
         patch.setattr(crop, "cut_centre", interrupt)
         tune(tmp_path / "b", classes3, *flags)
     assert stop.value.code == 75 and [row["step"] for row in read_log(tmp_path / "b")] == [1, 2]
-    shutil.copytree(tmp_path / "b", tmp_path / "c")  # a run that ends where it was stopped
-    tune(tmp_path / "c", classes3, *flags, "--max_steps=3")
-    saved = torch.load(tmp_path / "c" / "model.pt", weights_only=True)["score"]
-    assert (saved["n"], saved["top1"]) == (69, whole[2]["top1"])
-    parts = tune(tmp_path / "b", classes3, *flags, "--workers=1")
-    for a, b in zip(whole, parts, strict=True):
-        assert {**a, "images_per_s": 0, "data_wait": 0} == {**b, "images_per_s": 0, "data_wait": 0}
-    a, b = (torch.load(tmp_path / x / "model.pt", weights_only=True)["weights"] for x in "ab")
-    assert all(torch.equal(a[k], b[k]) for k in a)
-    plain = {k: v for k, v in whole[-1].items() if k not in ("top1", "top5", "val_loss", "n")}
-    rows = "".join(json.dumps(row) + "\n" for row in [*whole[:-1], plain])
-    (tmp_path / "a" / "log.jsonl").write_text(rows)
-    assert tune(tmp_path / "a", classes3, *flags) == whole
+    assert tune(tmp_path / "b", classes3, *flags, "--workers=1") == whole
+    a, b = (load(tmp_path / x / "model.pt") for x in "ab")
+    torch.testing.assert_close(a["weights"], b["weights"], atol=0, rtol=0)
 
 
 def test_the_three_scripts_one_after_the_other(classes3, tmp_path):
@@ -1354,37 +1227,22 @@ def test_the_three_scripts_one_after_the_other(classes3, tmp_path):
         assert score(pre, *knn, *flags)["n"] == 69
 
 
-def test_a_run_is_scored_on_what_it_held_out(tmp_path, monkeypatch):
-    """A folder without val/: its own run's slice is scored, n and score are that run's, however the
-    folder is spelled and however large it is; another folder is scored whole. So are maps. Other
-    --classes than the run's would change the slice and are refused."""
+def test_a_run_is_scored_on_what_it_held_out(tmp_path):
+    """A folder without val/: its own run's slice is scored, n and score are that run's; another
+    folder is scored whole. Other --classes than the run's would change the slice: an error."""
     for place, count in ("own/ant", 30), ("own/bee", 30), ("other/ant", 4), ("other/bee", 5):
         save_images(tmp_path / place, count, seed=count)
     row = tune(tmp_path / "fine", tmp_path / "own", "--max_steps=2")[-1]
     pre = demo(tmp_path / "pre", f"--data={tmp_path / 'own'}", "--max_steps=1")[-1]
-    for out, bench, expected in ("fine/model.pt", "top1", row), ("pre/ckpt.pt", "maps", pre):
+    (tmp_path / "list").write_text("ant\nbee")
+    assert (row["n"], pre["n"]) == (3, 3)
+    for bench, out, run in ("top1", "fine/model.pt", row), ("maps", "pre/ckpt.pt", pre):
         flags = [f"--bench={bench}", f"--ckpt={tmp_path / out}"]
         got = score(tmp_path, *flags, f"--data={tmp_path}/fine/../own/")
-        assert bench == "maps" or got["top1"] == pytest.approx(expected["top1"])
-        assert got["n"] == expected["n"] == 3
+        assert got["n"] == run["n"] and got.get("top1") == pytest.approx(run.get("top1"))
         assert score(tmp_path, *flags, f"--data={tmp_path}/other")["n"] == 9
-        (tmp_path / "list").write_text("ant\nbee")
         with pytest.raises(InputError, match="--classes"):
             score(tmp_path, *flags, f"--data={tmp_path}/own", f"--classes={tmp_path}/list")
-    monkeypatch.setattr(crop, "open_images", lambda *_: crop.Shapes("train"))  # 16,000 images
-    cfg = config(f"--data={tmp_path / 'own'}", script=evaluate)
-    _, rows = evaluate.rows_to_score(cfg, config(f"--data={cfg.data}"), CPU, 256)
-    assert rows == crop.train_and_val(cfg.data, 0, None, 256)[1][1] and len(rows) == 256
-
-
-def test_blocks_of_any_drop_path_are_compiled_once():
-    """Table 10 on CUDA compiles each block with fullgraph: twelve rates must be one graph."""
-    from torch._dynamo.testing import CompileCounter
-    vit, counter = model.build_encoder("vit_t16", drop_path=0.1).train(), CompileCounter()
-    for block in vit.blocks:
-        block.compile(fullgraph=True, dynamic=False, backend=counter)
-    vit(torch.randn(2, 3, 32, 32)).sum().backward()
-    assert counter.frame_count == 1
 
 
 def test_the_centre_crop_equals_torchvisions():
@@ -1393,17 +1251,6 @@ def test_the_centre_crop_equals_torchvisions():
     whole = TF.center_crop(TF.resize(image, 200, TF.InterpolationMode.BICUBIC), 190)
     got = crop.cut_centre(image, None, 190, 0.95).float()
     assert (got - crop.to_tensor(whole).float()).abs().max() <= 3
-
-
-@pytest.mark.parametrize("mixup, cutmix", [(0.8, 0), (0, 1.0), (0.8, 1.0)])
-def test_mixed_targets_follow_the_mixed_pixels(mixup, cutmix):
-    """MixUp and CutMix: the share of each label is the share of its image's pixels."""
-    torch.manual_seed(0)
-    mix = finetune.make_mix(recipe("vit_b", f"--mixup={mixup}", f"--cutmix={cutmix}"), 3)
-    images = torch.eye(3)[:, :, None, None].expand(3, 3, 20, 20)
-    for _ in range(8):
-        mixed, targets = mix(images, torch.arange(3))
-        torch.testing.assert_close(mixed.mean((2, 3)), targets)
 
 
 # ------------------------------------------------------------------------------- 8. evaluation
@@ -1420,33 +1267,23 @@ def test_attacks_on_a_linear_model_have_a_closed_form():
 
 
 def test_attacks_hurt_on_two_processes_as_on_one(tmp_path, classes3, monkeypatch):
-    """An attack of eps 0 gives the clean score. PGD lowers it; its start belongs to the image."""
+    """PGD lowers the score of a plain loop; its start belongs to the image."""
     net = save_classifier(tmp_path / "model.pt", ["ant", "bee", "cat"])
     flags = ["--bench=pgd", "--eps=8", f"--ckpt={tmp_path}/model.pt", f"--data={classes3}"]
     clean = predictions(net, classes3 / "val", ["ant", "bee", "cat"])
-    none = score(tmp_path, *flags, "--bench=fgsm", "--eps=0")
-    assert none["fgsm"] == none["clean"] == pytest.approx(clean, abs=1e-3)
     one, cfg, drawn = score(tmp_path, *flags), config(*PLAIN, *flags, script=evaluate), []
-    assert one["pgd"] < one["clean"] and one["n"] == 69
+    assert one["pgd"] < one["clean"] == pytest.approx(clean, abs=1e-3) and one["n"] == 69
     monkeypatch.setattr(evaluate, "perturb", lambda *args: drawn.append(args[3]) or args[1])
     for machine in CPU, process(0, 2), process(1, 2):  # batches of 64 and 5, 64, 5
         evaluate.attacked(cfg, machine)
-    assert torch.equal(torch.cat(drawn[:2]), torch.cat(drawn[2:])) and abs(drawn[0].mean()) < 2e-4
-
-
-def test_mce_is_relative_to_alexnet():
-    """Table 8: AlexNet's own errors have mCE 100, mean 78.8; one twice as bad adds a fifteenth."""
-    own = {name: [100 * error] * 5 for name, error in evaluate.ALEXNET.items()}
-    assert evaluate.corruption_error(own) == pytest.approx(100)
-    assert 100 * np.mean([*evaluate.ALEXNET.values()]) == pytest.approx(78.8, abs=0.1)
-    worse = own | {"fog": [0, 0, 2 * own["fog"][0], 3 * own["fog"][0], 5 * own["fog"][0]]}
-    assert evaluate.corruption_error(worse) == pytest.approx(100 + 100 / 15)
+    assert torch.equal(torch.cat(drawn[:2]), torch.cat(drawn[2:]))
+    assert abs(drawn[0].mean()) < 2e-4
 
 
 def test_imagenet_c_reads_the_published_layout(tmp_path):
-    """CORRUPTION/SEVERITY/CLASS: each error is that of a plain loop over uncropped images. All 15
-    corruptions have to be there."""
-    names, root, errors = ["bee", "ant"], tmp_path / "c", []  # not in the order of the folders
+    """CORRUPTION/SEVERITY/CLASS: each error is that of a plain loop over uncropped images, and mCE
+    is relative to AlexNet's, whose published mean is 78.8."""
+    names, errors = ["bee", "ant"], []  # not in the order of the folders
     net = save_classifier(tmp_path / "model.pt", names)
     for k in range(5):
         for i, name in enumerate(names):
@@ -1454,22 +1291,21 @@ def test_imagenet_c_reads_the_published_layout(tmp_path):
         whole = partial(crop.cut_centre, size=32, ratio=1.0)
         errors.append(100 - predictions(net, tmp_path / str(k), names, whole))
     for i, corruption in enumerate(evaluate.ALEXNET):
-        (root / corruption).mkdir(parents=True)
+        (tmp_path / "c" / corruption).mkdir(parents=True)
         for k in range(5):
-            (root / corruption / str(k + 1)).symlink_to(tmp_path / str((i + k) % 5))
-    flags = ["--bench=imagenet_c", f"--ckpt={tmp_path}/model.pt", f"--data={root}"]
-    got = score(tmp_path, *flags)
+            (tmp_path / "c" / corruption / str(k + 1)).symlink_to(tmp_path / str((i + k) % 5))
+    got = score(tmp_path, "--bench=imagenet_c", f"--ckpt={tmp_path}/model.pt",
+                f"--data={tmp_path}/c")
     for i, name in enumerate(evaluate.ALEXNET):
         assert got["errors"][name] == [errors[(i + k) % 5] for k in range(5)]
-    assert got["mce"] == evaluate.corruption_error(got["errors"]) and len({*errors}) > 1
-    shutil.rmtree(root / "fog")
-    with pytest.raises(InputError, match="fog"):
-        score(tmp_path, *flags)
+    relative = [np.mean(got["errors"][name]) / alex for name, alex in evaluate.ALEXNET.items()]
+    assert got["mce"] == pytest.approx(np.mean(relative)) and len({*errors}) > 1
+    assert 100 * np.mean([*evaluate.ALEXNET.values()]) == pytest.approx(78.8, abs=0.1)
 
 
 def test_predictions_are_made_among_the_folders_only(tmp_path):
     """ImageNet-A, -R, -Sketch: classes are found by name, those without a folder not predicted. An
-    image beside the folders has no class, and one that cannot be read is left out."""
+    image that cannot be read is left out."""
     names, among = ["dog", "ant", "cow", "bee"], ["bee", "cow", "dog"]
     net = save_classifier(tmp_path / "model.pt", names, seed=3)
     for k, name in enumerate(among):
@@ -1477,29 +1313,14 @@ def test_predictions_are_made_among_the_folders_only(tmp_path):
     expected = predictions(net, tmp_path / "r", names, among=among)
     assert expected != predictions(net, tmp_path / "r", names)  # the protocol matters here
     (tmp_path / "r" / "cow" / "zzz.jpg").write_text("no image")
-    save_images(tmp_path / "r", 1)
     got = score(tmp_path, "--bench=imagenet_r", f"--ckpt={tmp_path}/model.pt",
                 f"--data={tmp_path}/r")
     assert got["imagenet_r"] == pytest.approx(expected, abs=1e-3) and got["n"] == 24
 
 
-def test_maps_are_measured_from_a_checkpoint(tmp_path):
-    """--bench=maps takes a pre-training ckpt.pt and any folder of images, however deep, and paints
-    the first ones with their predicted maps."""
-    demo(tmp_path / "run", "--max_steps=1")
-    save_images(tmp_path / "photos" / "deep" / "er", 20)
-    got = score(tmp_path, "--bench=maps", f"--ckpt={tmp_path}/run/ckpt.pt",
-                f"--data={tmp_path}/photos")
-    assert got["n"] == 20 and got["heldout_loss"] == pytest.approx(math.log(2), rel=0.02)
-    assert got["skill"] == pytest.approx(1 - got["heldout_loss"] / got["baseline"])
-    assert Image.open(tmp_path / "figures.png").width > 600
-
-
 # ------------------------------------------------------------------------------ 9. segmentation
 
-SCENES = ["--recipe=segment", "--model=vit_d8", "--init=scratch", *PLAIN, "--log_every=1",
-          "--labels=2", "--image_size=32", "--test_size=32", "--head_width=16",
-          "--batch_size=4"]
+SCENES = ["--recipe=segment", "--model=vit_d8", "--labels=2", "--head_width=16", "--batch_size=4"]
 
 
 def save_scene(root, name, image, mask):
@@ -1526,12 +1347,6 @@ def scenes(tmp_path_factory):
                 mask.putpalette([9, 9, 9, 255, 0, 0, 7, 7, 7])
             save_scene(root, f"{split}/street/{i:02d}", Image.fromarray(image), mask)
     return root
-
-
-def segment(out, data, *flags):
-    """Train a segmenter in this process; -> the rows of the log."""
-    finetune.main([*SCENES, f"--data={data}", f"--out={out}", *flags])
-    return read_log(out)
 
 
 def test_the_recipe_segment_is_beits():
@@ -1609,26 +1424,32 @@ def test_sliding_windows_average_what_covers_a_pixel(h, w):
 @pytest.mark.parametrize("w, h", [(200, 160), (90, 200), (800, 600)])
 def test_a_random_crop_keeps_image_and_mask_together(w, h, tmp_path):
     """A mask that is a function of the image stays it, at any scale, mirrored or not, shrunk while
-    decoding or not; outside there are the mean colour and no label. A seed always cuts the same."""
+    decoding or not; outside there are the mean colour and no label. A seed cuts always the same."""
     y, x = np.mgrid[:h, :w]
     red, green, checks = x * 255 // (w - 1), y * 255 // (h - 1), 255 * ((x // 6 + y // 6) % 2)
     image = Image.fromarray(np.stack([red, green, checks], 2).astype(np.uint8))
     mask = Image.fromarray((1 + red // 32 + 8 * (green // 32)).astype(np.uint8))
     image.save(tmp_path / "x.jpg", quality=98, subsampling=0)
     cfg, kinds = recipe("segment", "--image_size=96", "--photometric=0"), set()
+
+    def cut(image, seed, photometric=0.0):
+        other = dataclasses.replace(cfg, photometric=photometric)
+        return finetune.cut_scene((image, mask), np.random.default_rng(seed), other)
+
     for seed in range(30):
-        with Image.open(tmp_path / "x.jpg") as a, Image.open(tmp_path / "x.jpg") as b:
-            cut, again, whole = (finetune.cut_scene((x, mask), np.random.default_rng(seed), cfg)
-                                 for x in (a, b, image))  # a and b may be drafts
-        assert torch.equal(cut, again) and (whole.float() - cut.float()).abs().mean() < 6
-        red, green, _, label = cut.long()
+        with Image.open(tmp_path / "x.jpg") as photo:
+            draft, whole = cut(photo, seed), cut(image, seed)
+        assert (whole.float() - draft.float()).abs().mean() < 6
+        red, green, _, label = whole.long()
         inside = label > 0
         for channel, number in (red, (label - 1) % 8), (green, (label - 1) // 8):
             away = (channel - (32 * number + 16)).abs()[inside]
             assert (away <= 16 + 6).all() and (away <= 16).float().mean() > 0.9
-        assert (cut[:3, ~inside] == torch.tensor(finetune.MEAN_COLOUR)[:, None]).all()
+        assert (whole[:3, ~inside] == torch.tensor(finetune.MEAN_COLOUR)[:, None]).all()
         kinds.add((bool(inside.all()), bool(red[0, 0] < red[0, int(inside[0].sum()) - 1])))
     assert len(kinds) == 4  # with and without padding, mirrored and not
+    assert torch.equal(cut(image, 1, 1.0), cut(image, 1, 1.0))
+    assert not torch.equal(cut(image, 1, 1.0), cut(image, 1))
 
 
 def test_the_loss_counts_each_labelled_pixel_alike():
@@ -1646,12 +1467,14 @@ def test_the_loss_counts_each_labelled_pixel_alike():
 
 
 def test_two_classes_are_learned_and_measured(scenes, tmp_path):
-    """In seconds a small segmenter tells ellipses from ground; evaluate.py gives the run's score
-    and a plain loop's, and paints image, truth and prediction."""
-    rows = segment(tmp_path, scenes, "--epochs=40", "--warmup_epochs=2", "--lr=8e-3",
-                   "--layer_decay=1", "--eval_epochs=20", "--log_every=40")
+    """In seconds a segmenter, begun with a classifier's weights, tells ellipses from ground. The
+    score is that of a plain loop, on two processes too; pictures show truth and prediction."""
+    save_classifier(tmp_path / "classifier.pt", ["ant", "bee"])
+    rows = tune(tmp_path, scenes, *SCENES, f"--init={tmp_path}/classifier.pt", "--epochs=40",
+                "--warmup_epochs=2", "--lr=8e-3", "--layer_decay=1", "--log_every=40",
+                "--eval_epochs=20")
     flags = ["--bench=miou", f"--ckpt={tmp_path}/model.pt", f"--data={scenes}", "--pictures=2"]
-    got = score(tmp_path, *flags)["miou"]
+    got = json.loads(torchrun("evaluate.py", *PLAIN, *flags))
     net, _ = evaluate.load_model(config(*flags, script=evaluate), CPU, segments=True)
     source, matrix = finetune.Scenes(str(scenes), "validation", 2), np.zeros((2, 2))
     for i in range(5):
@@ -1663,20 +1486,13 @@ def test_two_classes_are_learned_and_measured(scenes, tmp_path):
         best = F.interpolate(logits, y.shape, mode="bilinear").argmax(1)[0].numpy()
         np.add.at(matrix, (y[y > 0] - 1, best[y > 0]), 1)
     iou = 100 * matrix.diagonal() / (matrix.sum(0) + matrix.sum(1) - matrix.diagonal())
-    assert got > 85 and [iou.mean(), rows[-1]["miou"]] == pytest.approx([got, got], abs=1e-3)
+    assert got["miou"] > 85 and got["n"] == 5
+    assert got["miou"] == pytest.approx(iou.mean(), abs=1e-3)
+    assert got["miou"] == pytest.approx(rows[-1]["miou"], abs=1e-3)
     picture = np.asarray(Image.open(tmp_path / "miou_00004.png"))  # of 40 x 64 pixels
     truth, found = picture[3:, 40:80], picture[3:, 80:]
     assert {tuple(c) for c in truth.reshape(-1, 3).tolist()} == {(128, 0, 0), (0, 128, 0)}
     assert (truth == found).all(2).mean() > 0.9 and len(list(tmp_path.glob("miou_*.png"))) == 2
-
-
-def test_segmentation_goes_on_bit_for_bit(scenes, tmp_path):
-    """Three steps, then resumed by the same command with a worker, equal five at once without."""
-    segment(tmp_path / "a", scenes, "--max_steps=5", "--drop_path=0.5")
-    segment(tmp_path / "b", scenes, "--max_steps=3", "--drop_path=0.5")
-    segment(tmp_path / "b", scenes, "--max_steps=5", "--drop_path=0.5", "--workers=1")
-    a, b = (torch.load(tmp_path / x / "model.pt", weights_only=True)["weights"] for x in "ab")
-    assert all(torch.equal(a[k], b[k]) for k in a)
 
 
 def test_no_class_fills_a_crop_if_ten_tries_find_another():
@@ -1684,62 +1500,21 @@ def test_no_class_fills_a_crop_if_ten_tries_find_another():
     mask = np.ones((64, 256), np.uint8)
     mask[:, 160:] = 2
     mask[:20] = 0
-    pair = Image.new("RGB", (256, 64)), Image.fromarray(mask)
-    full = {"0.75": 0, "1": 0}
-    for ratio in full:
+    pair, full = (Image.new("RGB", (256, 64)), Image.fromarray(mask)), []
+    for ratio in 0.75, 1:
         cfg = recipe("segment", "--image_size=64", "--scale=1,1", f"--cat_max_ratio={ratio}")
-        for seed in range(60):
-            label = finetune.cut_scene(pair, np.random.default_rng(seed), cfg)[3]
-            counts = label.flatten().bincount(minlength=3)[1:]
-            full[ratio] += (counts.max() > 0.75 * counts.sum()).item()
+        crops = [finetune.cut_scene(pair, np.random.default_rng(seed), cfg) for seed in range(60)]
+        counts = [x[3].flatten().bincount(minlength=3)[1:] for x in crops]
+        full.append(sum(n.max() > 0.75 * n.sum() for n in counts))
     # one place in six is good: 60 x (5/6)^10 = 10 crops find none, or 50 without looking
-    assert full["0.75"] <= 15 and full["1"] > 40
+    assert full[0] <= 15 and full[1] > 40
 
 
-def test_classifiers_and_segmenters_begin_with_each_other(tmp_path):
-    """--init takes the other's model.pt: the encoder is the file's, heads are left out."""
-    cfg, names = recipe("segment", "--model=vit_d8", "--head_width=16"), ["ant", "bee", "cat"]
-    classifier, segmenter = save_classifier(tmp_path / "c.pt", names), finetune.build_model(cfg, 3)
-    finetune.save_model(str(tmp_path / "s.pt"), segmenter, cfg, names, {})
-    for path, net in ("c.pt", segmenter), ("s.pt", classifier):
-        _, state, _ = finetune.read_weights(str(tmp_path / path))
-        finetune.load_weights(net, state, path)
-        assert all(torch.equal(v, state[k]) for k, v in net.encoder.state_dict().items())
-
-
-def test_photometric_distortion_changes_each_quality_with_its_probability():
-    """Gray stays gray and changes in brightness alone, in half of the crops, by at most 1/8; of
-    colours one crop in sixteen stays as it is, and with p = 0 all do."""
-    torch.manual_seed(0)
-    distort, gray = finetune.photometric_distortion(0.5), Image.new("RGB", (1, 1), (128,) * 3)
-    levels = np.array([np.asarray(distort(gray)).ravel() for _ in range(800)])
-    assert (levels == levels[:, :1]).all() and 112 <= levels.min() < 115 < 141 < levels.max() <= 144
-    assert abs((levels[:, 0] != 128).mean() - 0.5) < 0.07  # four standard errors
-    image = crop.Shapes("train").open(0)
-    same = np.mean([distort(image) == image for _ in range(800)])
-    assert abs(same - 1 / 16) < 0.034 and finetune.photometric_distortion(0)(image) == image
-
-
-def test_each_pixel_gets_the_class_of_the_largest_logit():
-    """However many classes there are, at the image's own size. The shorter side is brought to 512,
-    but never the longer one beyond 2,048."""
-    logits, net = rand(1, 40, 8, 8).float(), nn.Identity()
-    net.forward = lambda x: logits
-    got = finetune.predict_labels(net, torch.zeros(3, 20, 20).byte(), 8, CPU)
-    expected = F.interpolate(logits, (20, 20), mode="bilinear").argmax(1)[0]
-    assert torch.equal(got, expected)
+def test_an_images_shorter_side_is_brought_to_512():
+    """But never the longer one beyond 2,048 (mmsegmentation)."""
     for sides, fitted in (((683, 512), (683, 512)), ((300, 600), (512, 1024)),
                           ((6000, 1000), (2048, 341)), ((9000, 1), (2048, 1))):
         assert finetune.rescaled_size(*sides, 512) == fitted
-
-
-def test_two_processes_segment(scenes, tmp_path):
-    """torchrun: every weight has a gradient to share, and two processes measure what one does."""
-    torchrun("finetune.py", *SCENES, f"--data={scenes}", "--max_steps=1", f"--out={tmp_path}")
-    got = score(tmp_path, "--bench=miou", f"--ckpt={tmp_path}/model.pt", f"--data={scenes}")
-    row, = read_log(tmp_path)
-    assert row["n"] == 5 and row["miou"] == pytest.approx(got["miou"], abs=1e-3)
-    assert 0.5 < row["loss"] / (1.4 * math.log(2)) < 1  # some pixels are unlabelled
 
 
 def test_upernet_equals_the_figure():
@@ -1756,15 +1531,6 @@ def test_upernet_equals_the_figure():
     levels = [p4, head.smooth[2](p3), head.smooth[1](p2), head.smooth[0](p1)]
     expected = head.fuse(torch.cat([up(level, (24, 16)) for level in levels], 1))
     torch.testing.assert_close(head([*finer, x]), expected)
-
-
-def test_an_unreadable_scene_is_replaced_and_left_out(scenes, tmp_path, capsys):
-    """A damaged image or mask is named; training takes the next one, measuring one less."""
-    data = shutil.copytree(scenes, tmp_path / "data")
-    (data / "images" / "training" / "street" / "00.jpg").write_text("nothing")
-    (data / "annotations" / "validation" / "street" / "03.png").write_text("nothing")
-    rows, warnings = segment(tmp_path / "x", data, "--max_steps=3"), capsys.readouterr().err
-    assert rows[-1]["n"] == 4 and "00.jpg" in warnings and "street/03.png'" in warnings
 
 
 # ------------------------------------------------------------------------------- 10. survival
@@ -1787,11 +1553,10 @@ def wait_for(step, out, process, name="log.jsonl"):
 
 
 def finish(out, *flags):
-    """End a run in this process, on one thread as in spawn -> its rows without the rates, and the
-    checksum of its encoder: what must not depend on interruptions."""
+    """End a run in this process, on one thread as in spawn -> its rows and the checksum of its
+    encoder: what must not depend on interruptions."""
     torch.set_num_threads(1)
-    rows = [row | dict(images_per_s=0, data_wait=0) for row in demo(out, *flags)]
-    return rows, zlib.crc32((out / "encoder.pt").read_bytes())
+    return demo(out, *flags), zlib.crc32((out / "encoder.pt").read_bytes())
 
 
 @pytest.fixture(scope="module")
@@ -1805,9 +1570,8 @@ def long(tmp_path_factory):
 
 def test_a_run_goes_on_as_if_nothing_had_happened(tmp_path, long):
     """Ended by kill -9, SIGTERM, SIGUSR1 and SIGHUP, a run gives encoder and log of the
-    uninterrupted run bit for bit. After the signals the step is finished and saved, and status 75
-    asks to run the same command again. While a run is at work a second one in its folder refuses.
-    """
+    uninterrupted run bit for bit. The signals let it finish its step, save and leave with status
+    75. While it is at work a second one in its folder refuses."""
     for number, logged in ((signal.SIGKILL, 6), (signal.SIGTERM, 15), (signal.SIGUSR1, 27),
                            (signal.SIGHUP, 39)):
         process = spawn(*long[0], f"--out={tmp_path}", "--workers=1", "--save_every=4")
@@ -1823,17 +1587,18 @@ def test_a_run_goes_on_as_if_nothing_had_happened(tmp_path, long):
     assert finish(tmp_path, *long[0]) == long[2]
 
 
-def test_handlers_and_lock_are_given_back_and_a_second_signal_ends_at_once(tmp_path):
-    """After main, signals do what they did and the folder is free, so two runs fit into a process.
-    While it is at work, a signal that comes twice within two seconds is one; a later one ends it.
-    """
+def test_handlers_and_lock_are_given_back(tmp_path):
+    """After main, signals do what they did and the folder is free: two runs fit into a process."""
     before = [signal.getsignal(number) for number in pretrain.STOPPERS]
     for steps in 1, 2:
         demo(tmp_path, f"--max_steps={steps}")
         assert [signal.getsignal(number) for number in pretrain.STOPPERS] == before
-        code = ("import fcntl, sys\n"
-                "fcntl.lockf(open(sys.argv[1], 'a'), fcntl.LOCK_EX | fcntl.LOCK_NB)")
-        assert command("-c", code, str(tmp_path / "lock")).returncode == 0
+    code = "import pretrain, sys; pretrain.lock_folder(sys.argv[1])"
+    assert command("-c", code, str(tmp_path)).returncode == 0
+
+
+def test_a_signal_that_comes_twice_is_one_and_a_later_one_ends_at_once(tmp_path):
+    """torchrun passes on what all processes may have got: within two seconds that is one signal."""
     code = ("import pretrain, signal, sys, test_cim\n"
             "with pretrain.at_work(sys.argv[1], test_cim.CPU) as signals:\n"
             "    for wait in 0, 1, 3:\n"
@@ -1873,28 +1638,20 @@ def test_torchrun_restarts_stops_and_changes_its_size(tmp_path, long):
     assert re.search(r"exitcode *: 75", message), message
     losses = [[row["loss"] for row in rows] for rows, _ in (finish(tmp_path, *long[0]), long[2])]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    torch.testing.assert_close(encoder_of(tmp_path), encoder_of(long[1]), atol=1e-4, rtol=1e-3)
+    one, two = (load(out / "encoder.pt") for out in (long[1], tmp_path))
+    torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
 
 
 def test_the_log_follows_the_checkpoint(tmp_path, long, monkeypatch):
-    """A step's checkpoint precedes its row. On a full disk the older one stays. A run that ends
-    between the two, while it measures, goes on with measuring; a row that was cut short or lies
-    beyond the checkpoint is written again."""
-    flags, out = [*long[0], "--log_every=1", "--eval_every=3", "--max_steps=4"], tmp_path / "out"
-    demo(out, *flags, "--max_steps=2")
-    before = (out / "ckpt.pt").read_bytes()
-    (out / "ckpt.pt.tmp").symlink_to("/dev/full")
-    with pytest.raises((OSError, RuntimeError)):
-        demo(out, *flags, "--save_every=3")
-    assert (out / "ckpt.pt").read_bytes() == before
-    assert [row["step"] for row in read_log(out)] == [1, 2]
-    (out / "ckpt.pt.tmp").unlink()
+    """A step's checkpoint precedes its row. A run that ends between the two, while it measures,
+    goes on with measuring; a row that was cut short is written again."""
+    flags, out = [*long[0], "--log_every=1", "--eval_every=4", "--max_steps=4"], tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):
         patch.setattr(pretrain.HeldOut, "evaluate", lambda *_: 1 / 0)
-        demo(out, *flags, "--save_every=3")
-    assert pretrain.load_checkpoint(out / "ckpt.pt")["step"] == 3
+        demo(out, *flags)
+    assert pretrain.load_checkpoint(out / "ckpt.pt")["step"] == 4
     with open(out / "log.jsonl", "a") as log:
-        log.write('{"step": 3, "ep')
+        log.write('{"step": 4, "ep')
     assert finish(out, *flags) == finish(tmp_path / "whole", *flags)
 
 
@@ -1903,60 +1660,46 @@ def test_the_log_follows_the_checkpoint(tmp_path, long, monkeypatch):
 @pytest.fixture(scope="module")
 def odd(tmp_path_factory):
     """A folder of files and folders that fit nothing."""
-    root = tmp_path_factory.mktemp("odd")
-    vit = model.build_encoder("vit_t16").state_dict()
-    for name, changed in dict(vit={}, wide=dict(cls_token=torch.zeros(1, 1, 100)),
-                              code=dict(x=Fraction(1, 3))).items():
-        torch.save(vit | changed, root / f"{name}.pt")
+    root, image = tmp_path_factory.mktemp("odd"), Image.new("RGB", (5, 7))
     save_classifier(root / "model.pt", ["ant", "bee", "cat"])
-    saved = torch.load(root / "model.pt", weights_only=True)
-    saved["weights"] = {name: 1e30 * x for name, x in saved["weights"].items()}
-    torch.save(saved, root / "huge.pt")
-    for folder in "loose", "x/train/ant", "x/train/bee", "x/val/ant", "x/val/dog", "ant/ant":
+    for folder in ("loose", "splits/Train", "splits/Test", "y/ant", "y/bee",
+                   "x/train/ant", "x/train/bee", "x/val/ant", "x/val/dog"):
         save_images(root / folder, 8)
-    good, masks = Image.new("L", (5, 7), 2), dict(
-        turned=("L", (7, 5), 1), colour=("RGB", (5, 7)), large=("L", (5, 7), 3))
-    for kind, mask in masks.items():
+    for kind, size, label in (("turned", (7, 5), 1), ("large", (5, 7), 3), ("alone", (5, 7), 1),
+                              ("one", (5, 7), 1)):
         for name in "training/0", "training/1", "training/2", "training/3", "validation/0":
-            save_scene(root / kind, name, Image.new("RGB", (5, 7)),
-                       Image.new(*mask) if name.endswith("2") else good)
-    shutil.copytree(root / "large", root / "alone")
-    os.remove(root / "alone" / "images" / "training" / "1.jpg")
+            save_scene(root / kind, name, image, Image.new("L", size, label))
+    os.remove(root / "alone" / "images" / "training" / "2.jpg")
     return root
 
 
 @pytest.mark.parametrize("run, flags, words", [
-    *((demo, *case) for case in [
-        ("--batchsize=4", "--batchsize"), ("--preset=dmeo", "imagenette"),
-        ("--epochs=many", "--epochs"), ("--scale=0.5", "--scale"), ("--compile=maybe", "--compile"),
-        ("--context_size=150", "multiple of 8"), ("--decoder_width=100", "multiple of 32"),
-        ("--scale=0.4,1", "0.300"), ("--data=/no/such", "/no/such"), ("--out=", "--out"),
-        ("--classes=/no/list", "/no/list"),
-        ("--data={odd}/loose --batch_size=4 --out={odd}/loose/x", "among the images"),
-        ("--batch_size=30000", "at most 16000")]),
-    *((tune, *case) for case in [
-        ("--init={odd}/none.pt", "none.pt"), ("--init={odd}/code.pt", "code.pt"),
-        ("--init={odd}/wide.pt", "width 100"), ("--init={odd}/vit.pt --model=vit_d8", "vit_t16"),
-        ("--recipe=linear", "--model"), ("--model=resnet50 --drop_path=0.1", "resnet50"),
-        ("--image_size=30", "image_size"), ("--data={odd}/loose", "loose"),
-        ("--data={odd}/x", "dog")]),
-    *((score, *case) for case in [
-        ("--ckpt=/no/model.pt", "no/model.pt"), ("--bench=miou", "segmenter"),
-        ("--bench=knn --ckpt=scratch", "--model"), ("--bench=maps", "ckpt.pt"),
-        ("--data={odd}/loose", "loose"), ("--bench=imagenet_r --data={odd}/x", "dog"),
-        ("--ckpt={odd}/huge.pt --data={odd}/ant", "not finite")]),
-    *((segment, *case) for case in [
-        ("--data={odd}/loose", "training"), ("--data={odd}/alone", "1"),
-        ("--model=resnet50 --drop_path=0 --data={odd}/large", "resnet50"),
-        ("--data={odd}/turned", "2.png"), ("--data={odd}/colour", "2.png"),
-        ("--data={odd}/large", "2.png")])])
+    (demo, "--preset=dmeo", "imagenette"),
+    (demo, "--scale=0.5", "--scale"),
+    (demo, "--scale=0.4,1", "0.300"),
+    (demo, "--batch_size=30000", "at most 16000"),
+    (demo, "--data=/no/such", "/no/such"),
+    (demo, "--out=", "--out"),
+    (demo, "--data={odd}/loose --batch_size=4 --out={odd}/loose/x", "among the images"),
+    (demo, "--data={odd}/splits", "call them train and val"),
+    (demo, "--steps=5", "--epochs and --steps"),
+    (demo, "--out={odd}/model.pt/x", "no folder to write to"),
+    (tune, "--init={odd}/none.pt", "none.pt"),
+    (tune, "--data={odd}/y --micro_batch=1 --batch_size=2 --mixup=0.8", "two images"),
+    (tune, " ".join(SCENES) + " --data={odd}/one --max_steps=1", "fewer than two classes"),
+    (score, "--ckpt={odd}/model.pt --bench=knn --data={odd}/x", "is a fine-tuned classifier"),
+    (score, "--ckpt={odd}/model.pt --data={odd}/x --out={odd}/model.pt/x", "no folder to write to"),
+    (tune, "--init={odd}/model.pt --model=vit_t16", "vit_d8"),
+    (tune, "--data={odd}/loose", "loose"),
+    (tune, "--data={odd}/x", "dog"),
+    *((tune, " ".join(SCENES) + " --data={odd}/" + kind, words)
+      for kind, words in dict(alone="training/2", turned=".png", large=".png").items()),
+    (score, "--ckpt=/no/model.pt --data={odd}/x", "no/model.pt"),
+    (score, "--ckpt={odd}/model.pt --bench=imagenet_r --data={odd}/x", "dog")])
 def test_what_cannot_work_is_named(run, flags, words, odd, tmp_path, capsys):
-    """A wrong name, type, choice, combination, folder or file of each script is an error that names
-    it; argparse's status is 2. Masks that would be misread are named when they are opened. Weights
-    are read without running code that a file may hold."""
-    if run is score:
-        flags = "--ckpt={odd}/model.pt --data={odd}/x/val " + flags
-    data = [odd] if run in (tune, segment) else []
+    """A wrong name, type, choice, combination, folder, file or mask is an error that names it.
+    argparse's status is 2."""
+    data = [odd] if run is tune else []
     with pytest.raises((SystemExit, InputError)) as error:
         run(tmp_path / "out", *data, *flags.format(odd=odd).split())
     assert words in str(error.value) + capsys.readouterr().err
@@ -1965,106 +1708,83 @@ def test_what_cannot_work_is_named(run, flags, words, odd, tmp_path, capsys):
 
 def test_batches_are_divided_evenly():
     """A batch is divided over the processes, a process's share into equal micro-batches of at most
-    --micro_batch images. A share that only divides into much smaller ones is an error."""
+    --micro_batch images."""
     three = dataclasses.replace(CPU, world=3)
-    for flags, plan in ((["--batch_size=96"], (32, 1)), (["--batch_size=12288"], (256, 16)),
-                        (["--batch_size=96", "--micro_batch=9"], (8, 4))):
-        assert pretrain.make_plan(config(*flags), three, 20_000)[1:3] == plan
-    for flags in ["--batch_size=32"], ["--batch_size=93", "--micro_batch=16"]:
-        with pytest.raises(InputError, match="divide"):
-            pretrain.make_plan(config(*flags), three, 20_000)
+    for batch, micro, plan in (96, 256, (32, 1)), (12288, 256, (256, 16)), (96, 9, (8, 4)):
+        cfg = config(f"--batch_size={batch}", f"--micro_batch={micro}")
+        assert pretrain.make_plan(cfg, three, 20_000)[1:3] == plan
+    with pytest.raises(InputError):
+        pretrain.make_plan(config("--batch_size=32"), three, 20_000)
 
 
-def test_unreadable_images_are_replaced_and_named(tmp_path, capfd):
-    """Of a torn JPEG, an empty file and text each is named once, and the next image is cropped by
-    the random numbers of the bad one. Ten in a row are an error, in the process that trains and in
-    a loader's worker, whose traceback is not shown."""
-    train = tmp_path / "train"
+def test_unreadable_images_are_replaced_and_named(tmp_path, capfd, monkeypatch):
+    """A torn JPEG and a text are named once each, and the next image is cropped by the random
+    numbers of the bad one. After an error of the disk an image is tried again, a second later. Ten
+    bad ones in a row are an error, one sentence also from a loader's worker."""
+    train, flags = tmp_path / "train", [f"--data={tmp_path}", "--workers=1"]
     save_images(train, 36)
     save_images(tmp_path / "val", 2)
     (train / "003.jpg").write_bytes((train / "003.jpg").read_bytes()[:300])
-    (train / "004.jpg").write_bytes(b"")
-    (train / "011.jpg").write_text("no image")
-    for workers in ("--workers=0", "--workers=1"):
-        demo(tmp_path / workers, f"--data={tmp_path}", "--max_steps=9", workers)
-        warnings = capfd.readouterr().err
-        for name in "003", "004", "011":
-            assert warnings.count(f"cannot read '{train / name}.jpg'") == 1, warnings
-    context, number = samples(crop.Folder(str(train)), 36, 32)[0, 3]
+    (train / "004.jpg").write_text("no image")
+    demo(tmp_path / "one", *flags, "--max_steps=9")
+    warnings = capfd.readouterr().err
+    for name in "003", "004":
+        assert warnings.count(f"cannot read '{train / name}.jpg'") == 1, warnings
+    source, waits = crop.Folder(str(train)), []
+
+    def busy(i):
+        if i == 5 and not waits:
+            raise OSError(errno.EIO, "the disk is busy")
+        return crop.Folder.open(source, i)
+
+    monkeypatch.setattr(source, "open", busy)
+    monkeypatch.setattr(crop.time, "sleep", waits.append)
+    context, number = samples(source, 36, 32)[0, 3]
     with Image.open(train / "005.jpg") as image:
         expected = crop.cut_context(image, np.random.default_rng((0, 3, 0, 3)), 32)
-    assert number == 5 and torch.equal(context, expected)
+    assert number == 5 and torch.equal(context, expected) and waits == [1]
     for path in train.iterdir():
         path.write_text("no image")
-    with pytest.raises(InputError, match="ten images in a row"):
-        demo(tmp_path / "one", f"--data={tmp_path}")
-    result = command("pretrain.py", *TINY, f"--data={tmp_path}", f"--out={tmp_path / 'two'}",
-                     "--workers=1")
+    result = command("pretrain.py", *TINY, *flags, f"--out={tmp_path / 'two'}")
     assert result.returncode == 1 and "Traceback" not in result.stderr, result.stderr
     assert result.stderr.count("pretrain.py: ten images in a row") == 1, result.stderr
 
 
-def test_an_error_of_the_disk_is_tried_again(monkeypatch, capsys):
-    """After a second, once, with the same random numbers: then the image counts as unreadable."""
-    source, fails, waits = crop.Shapes("val"), [1, 2, 2], []
-    expected, following = (samples(source, 9, 32)[0, i][0] for i in (0, 1))
-
-    def busy(i):
-        if i == 0 and fails.pop():
-            raise OSError(errno.EIO, "the disk is busy")
-        return crop.Shapes.open(source, i)
-
-    monkeypatch.setattr(crop.time, "sleep", waits.append)
-    monkeypatch.setattr(source, "open", busy)
-    fails[:] = [0, 1]
-    assert torch.equal(samples(source, 9, 32)[0, 0][0], expected) and waits == [1]
-    fails[:] = [1, 1]
-    assert samples(source, 9, 32)[0, 0][1] == 1 and "scene 0 of val" in capsys.readouterr().err
-
-
 def test_no_code_in_a_checkpoint_is_run(tmp_path):
-    """A torn checkpoint and a pickle that would run code are errors, and it is not run."""
+    """A pickle that would run code is an error, and it is not run."""
     class Evil:
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "evil"),)
 
     demo(tmp_path, "--max_steps=1")
     path = tmp_path / "ckpt.pt"
-    whole, saved = path.read_bytes(), torch.load(path, weights_only=True)
-    torch.save(saved | dict(step=Evil()), path)
-    for content in path.read_bytes(), whole[:-100]:
-        path.write_bytes(content)
-        with pytest.raises((pickle.UnpicklingError, RuntimeError)):
-            demo(tmp_path)
-        with pytest.raises(InputError, match="ckpt.pt"):
-            score(tmp_path, "--bench=knn", f"--ckpt={path}", "--data=shapes")
+    torch.save(load(path) | dict(step=Evil()), path)
+    with pytest.raises(pickle.UnpicklingError):
+        demo(tmp_path)
+    with pytest.raises(InputError, match="ckpt.pt"):
+        score(tmp_path, "--bench=knn", f"--ckpt={path}", "--data=shapes")
     assert not (tmp_path / "evil").exists()
 
 
 def test_a_checkpoint_of_another_run_names_the_fields(tmp_path, classes3):
-    """Other values are an error that names them, and so are another number of images and other
-    classes, or another order of them. Flags of the machine may change, and the spelling of the
-    data's folder."""
+    """Other values are an error that names them, and so are another number of images and another
+    order of the classes. Flags of the machine may change, and the spelling of the data's folder."""
     photos, out, names = tmp_path / "photos", tmp_path / "out", tmp_path / "names.txt"
     save_images(photos, 20)
     demo(out, f"--data={photos}", "--max_steps=1")
     with pytest.raises(InputError, match=r"lr \(0.004 there, 0.5 here\), model \(vit_d8 there, "):
         demo(out, f"--data={photos}", "--max_steps=2", "--lr=0.5", "--model=vit_t16")
-    rows = demo(out, f"--data={tmp_path}/out/../photos/", "--max_steps=2", "--micro_batch=4",
-                "--workers=1", "--save_every=7")
-    assert [row["step"] for row in rows] == [1, 2]
-    assert {*pretrain.FREE} <= vars(config()).keys() | vars(config(script=finetune)).keys()
+    demo(out, f"--data={tmp_path}/out/../photos/", "--max_steps=2", "--micro_batch=4",
+         "--workers=1", "--save_every=7")
     (photos / "003.jpg").unlink()
     with pytest.raises(InputError, match=r"images \(18 there, 17 here\)"):
         demo(out, f"--data={photos}", "--max_steps=3")
-    for order, error in ("ant bee cat", False), ("ant cat bee", True), ("ant bee", True):
-        names.write_text("\n".join(order.split()))
-        flags = f"--classes={names}", "--max_steps=1"
-        if error:
-            with pytest.raises(InputError, match="classes"):
-                tune(tmp_path / "run", classes3, *flags)
-        else:
-            tune(tmp_path / "run", classes3, *flags)
+    flags = f"--classes={names}", "--max_steps=1"
+    names.write_text("ant\nbee\ncat")
+    tune(tmp_path / "run", classes3, *flags)
+    names.write_text("ant\ncat\nbee")
+    with pytest.raises(InputError, match="classes"):
+        tune(tmp_path / "run", classes3, *flags)
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path):
@@ -2081,54 +1801,48 @@ def test_a_run_leaves_what_the_design_says(tmp_path):
     """The first and the last step are logged; measures stand in the rows where held-out images were
     looked at. The first loss is ln 2. config.json names the encoder that is in encoder.pt."""
     rows = demo(tmp_path, "--max_steps=5", "--log_every=3", "--eval_every=4")
-    keys = {"step", "epoch", "loss", "lr", "images_per_s", "data_wait", "tau", "grad_norm"}
+    keys = {"step", "epoch", "loss", "lr", "tau", "grad_norm"}
     more = {"heldout_loss", "baseline", "skill", "skill_swapped", "iou", "iou_average", "n"}
-    assert [(row["step"], row.keys() - keys) for row in rows] == [
-        (1, set()), (3, set()), (4, more), (5, more)]
-    assert all(keys <= row.keys() for row in rows)
+    assert [(row["step"], row.keys()) for row in rows] == [
+        (1, keys), (3, keys), (4, keys | more), (5, keys | more)]
     assert rows[0]["loss"] == pytest.approx(math.log(2), rel=0.02)
     assert {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")} == {
-        "config.json", "log.jsonl", "ckpt.pt", "encoder.pt", "target.pt", "maps.png", "lock",
-        "maps", "maps/0000004.png", "maps/0000005.png"}
+        "config.json", "log.jsonl", "ckpt.pt", "encoder.pt", "target.pt", "maps.png", "curves.png",
+        "lock", "maps", "maps/0000004.png", "maps/0000005.png"}
     name = json.loads((tmp_path / "config.json").read_text())["model"]
-    model.build_encoder(name).load_state_dict(encoder_of(tmp_path))
+    model.build_encoder(name).load_state_dict(load(tmp_path / "encoder.pt"))
 
 
 def test_crop_is_a_command(tmp_path, monkeypatch):
-    """`python crop.py PHOTO` writes a contact sheet; a file that is no photo is one sentence."""
+    """`python crop.py PHOTO` writes a contact sheet."""
     save_images(tmp_path, 1, size=(300, 200))
     sheet = tmp_path / "sheet.png"
     monkeypatch.setattr(sys, "argv", ["crop.py", f"{tmp_path}/000.jpg", f"--out={sheet}"])
     crop.main()
     assert Image.open(sheet).width > 1000
-    monkeypatch.setattr(sys, "argv", ["crop.py", crop.__file__])
-    with pytest.raises(SystemExit, match="cannot read"):
-        crop.main()
 
 
-@pytest.mark.parametrize("data", ["shapes", "none"])
-def test_bench_prints_one_json_line(data, tmp_path, capsys):
+def test_bench_prints_one_json_line(tmp_path, capsys):
     """--bench ends with one JSON object on standard output, kept as bench.json, whose numbers fit
-    together; the files of a run in its folder stay. --data=none feeds noise without waiting."""
+    together; the files of a run in its folder stay."""
     demo(tmp_path, "--max_steps=1")
     before = {f: f.read_bytes() for f in tmp_path.rglob("*.*")}
-    pretrain.main([*TINY, f"--data={data}", "--bench=2", f"--out={tmp_path}"])
+    pretrain.main([*TINY, "--data=none", "--bench=2", f"--out={tmp_path}"])
     report = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert json.loads((tmp_path / "bench.json").read_text()) == report
-    (tmp_path / "bench.json").unlink()
-    assert before == {f: f.read_bytes() for f in tmp_path.rglob("*.*")}
+    assert all(f.read_bytes() == content for f, content in before.items())
     assert (report["bench"], report["n"], report["processes"]) == ("pretrain", 2, 1)
     assert report["images_per_s"] == pytest.approx(8 / report["step_s"])
     gflop = pretrain.gflop_per_image(config(*TINY))
     assert report["tflops"] == pytest.approx(gflop * report["images_per_s"] / 1e3)
     assert report["share_of_matmul"] < 1.5 and 0.1 < report["peak_memory_gb"] < 30
     assert (report["device"][:3], report["dtype"], report["compile"]) == ("cpu", "float32", False)
-    assert report["data_wait"] < (1 if data == "shapes" else 0.3)
+    assert 0 <= report["data_wait"] < 1
 
 
 def test_every_command_of_the_readme_parses():
-    """Every command in a block or a code span of the README is one that its script takes, and the
-    flags of every span of flags with values are those of one script."""
+    """Every command in a block or a code span of the README and docs/ is one that its script takes,
+    and the flags of every span of flags with values are those of one script."""
     scripts = {"pretrain": pretrain, "finetune": finetune, "evaluate": evaluate}
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.S)).replace("\\\n", " ")
     spans = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", README, flags=re.S))
@@ -2144,57 +1858,126 @@ def test_every_command_of_the_readme_parses():
             assert any(names <= vars(config(script=s)).keys() for s in scripts.values()), flags
 
 
+def test_pre_training_begins_with_weights(tmp_path):
+    """--init puts the encoder of a file, here under a wrapper's names, into online and target; at a
+    rate of 0 it stays. --model has to be that of the file."""
+    torch.manual_seed(5)
+    state = model.build_encoder("vit_d8").state_dict()
+    path = tmp_path / "given.pt"
+    torch.save(dict(state_dict={f"module._orig_mod.{k}": v for k, v in state.items()}), path)
+    demo(tmp_path, f"--init={path}", "--lr=0", "--max_steps=1")
+    for name in "encoder.pt", "target.pt":
+        found = torch.load(tmp_path / name, weights_only=True)
+        assert all(torch.equal(found[k], v) for k, v in state.items())
+    with pytest.raises(InputError, match="--model=vit_d8"):
+        demo(tmp_path / "other", f"--init={path}", "--model=vit_t16")
+
+
+def test_curves_go_from_the_least_to_the_largest(tmp_path):
+    """The last point of a falling loss is at the lower right, that of a rising skill at the upper
+    right; rows without a score do not count."""
+    rows = [dict(step=1, loss=0.7), dict(step=5, loss=0.5, skill=-1),
+            dict(step=9, loss=0.4, skill=1)]
+    picture = crop.curves(rows)
+    for y, colour in (220, crop.COLOURS[0]), (280, crop.COLOURS[3]):
+        assert picture.getpixel((620, y)) == tuple(bytes.fromhex(colour[1:]))
+
+
+def test_features_are_the_encoders_and_neighbours_the_nearest(tmp_path):
+    """features.npz has the pooled tokens of every readable image, of length 1, by name. A row of
+    neighbours.png is the image itself and what is nearest by a plain loop."""
+    save_images(tmp_path / "photos", 8, size=(90, 70))
+    (tmp_path / "photos" / "bad.jpg").write_text("no photo")
+    torch.manual_seed(0)
+    encoder = model.build_encoder("vit_d8").eval()
+    torch.save(encoder.state_dict(), tmp_path / "encoder.pt")
+    got = score(tmp_path, "--bench=features", "--size=32", f"--ckpt={tmp_path}/encoder.pt",
+                f"--data={tmp_path}/photos")
+    table = np.load(tmp_path / "features.npz")
+    images = [crop.cut_centre(Image.open(name), None, 32) for name in table["names"]]
+    with torch.no_grad():
+        tokens = encoder(crop.normalize(torch.stack(images) / 255))[:, 1:]
+    want = F.normalize(tokens.mean(1)).numpy()
+    assert (got["n"], got["width"]) == want.shape == (8, 64)
+    np.testing.assert_allclose(table["features"], want, atol=1e-5)
+    order = np.argsort(-want[0] @ want.T)
+    side, sheet = evaluate.TILE, np.asarray(Image.open(tmp_path / "neighbours.png"))
+    assert sheet.shape == (6 * side, 6 * side, 3)
+    for k, i in enumerate(order[:6]):
+        tile = crop.cut_centre(Image.open(table["names"][i]), None, side).permute(1, 2, 0)
+        assert (sheet[:side, k * side:(k + 1) * side] == tile.numpy()).all()
+    assert Image.open(tmp_path / "pca.png").size == (6 * side, 2 * side)
+
+
+def follow(commands):
+    """Run printed commands in this process, two steps of what trains; -> what they print."""
+    for words in map(shlex.split, commands):
+        script = dict(pretrain=pretrain, finetune=finetune, evaluate=evaluate)[words[1][:-3]]
+        script.main([*words[2:], *PLAIN, *["--max_steps=2"][:script != evaluate]])
+
+
+@pytest.mark.parametrize("section", ["Quick start", "Your photos"])
+def test_a_newcomers_commands_work(section, tmp_path, monkeypatch, capsys):
+    """The commands of the README's section, one after the other, and every command that a run
+    prints as the next one; the photos are 40, in a flat folder."""
+    monkeypatch.chdir(tmp_path)
+    save_images(tmp_path / "photos", 40)
+    text = README.split(f"## {section}\n")[1].split("\n## ")[0]
+    commands = re.findall(r"^python \w+\.py --.*", text, re.M)
+    follow(commands)
+    printed = re.findall(r"^python \w+\.py --.*", capsys.readouterr().out, re.M)
+    assert len(commands) >= 3 and len(printed) == (4 if section == "Quick start" else 2)
+    follow(printed)
+    assert {"curves.png", "maps.png"} <= {path.name for path in tmp_path.rglob("*.png")}
+
+
+def test_what_a_run_prints_as_next_works_as_printed(tmp_path, classes3, capsys):
+    """Also for labelled folders, in paths with a space, and for a ViT-S/16 as on Imagenette."""
+    shutil.copytree(classes3, tmp_path / "my data")
+    demo(tmp_path / "my run", f"--data={tmp_path}/my data", "--preset=imagenette", "--exemplars=1",
+         "--max_steps=1", "--batch_size=8")
+    printed = re.findall(r"^python .*", capsys.readouterr().out, re.M)
+    assert len(printed) == 4
+    follow(printed)
+    assert (tmp_path / "my run_tuned" / "model.pt").exists()
+
+
+def test_a_run_survives_a_closed_output(tmp_path):
+    """When nobody reads what a run prints (`| head -1`), it goes on to its end."""
+    process = subprocess.Popen([sys.executable, "pretrain.py", *TINY, "--max_steps=3",
+                                f"--out={tmp_path}"], cwd=HERE, stdout=subprocess.PIPE)
+    process.stdout.readline()
+    process.stdout.close()
+    process.wait(120)
+    assert (tmp_path / "encoder.pt").exists()
+
+
 # ------------------------------------------------------------------- 12. compilation and GPUs
 
 gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device here")
 
 
-@pytest.fixture
-def alone():
-    """Opens a process group of this process alone: DDP and its hooks without a second process."""
-    def begin(backend):
-        torch.distributed.init_process_group(backend, store=torch.distributed.HashStore(), rank=0,
-                                             world_size=1)
-
-    yield begin
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    torch._dynamo.reset()
-
-
-def test_ddp_compiles_each_block_once(alone, monkeypatch):
-    """DDP's own splitter would cut a block of ViT-B, 28 MB, where a bucket of 25 MB ends; one
-    process shows on how many graphs eight would run."""
+def test_each_block_is_compiled_once(monkeypatch):
+    """Blocks of any drop path are one graph, which DDP does not cut where a bucket of 25 MB ends. A
+    ResNet with SyncBatchNorm, which breaks the graph at each of 53 layers, is not compiled."""
     from torch._dynamo.testing import CompileCounter
     counter, compile_ = CompileCounter(), nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", partialmethod(compile_, backend=counter))
-    alone("gloo")
     machine = dataclasses.replace(CPU, world=2, compile=True)
     blocks = nn.Sequential(*(model.Block(768) for _ in range(2)))
+    for i, block in enumerate(blocks):
+        block.drop_path = model.DropPath(0.1 * i)
     x = torch.randn(1, 2, 768, requires_grad=True)
-    pretrain.accelerate(blocks, machine)(x).sum().backward()
-    assert counter.frame_count == 1
-
-
-def test_a_resnet_with_synchronised_batchnorm_is_not_compiled():
-    """SyncBatchNorm breaks the graph at each of 53 layers; without it the network is one graph."""
-    for synchronised in False, True:
-        net = model.ResNet50()
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net) if synchronised else net
-        pretrain.accelerate(net, dataclasses.replace(CPU, compile=True))
-        assert (net._compiled_call_impl is None) == synchronised
-
-
-def test_compiled_hue_equals_eager():
-    """The largest channel is found without an exact division, which a compiler need not give."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    x, shift = (rand(*shape).float().to(device) for shape in ((4, 3, 32, 32), (4, 1, 1, 1)))
-    compiled = torch.compile(crop.shift_hue, fullgraph=True)
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0,
+                                         world_size=1)
     try:
-        got = compiled(x, shift)
-    except torch._dynamo.exc.TorchDynamoException as error:
-        pytest.skip(f"nothing compiles here: {type(error).__name__}")
-    torch.testing.assert_close(got, crop.shift_hue(x, shift), atol=1e-5, rtol=0)
+        pretrain.accelerate(blocks, machine)(x).sum().backward()
+    finally:
+        torch.distributed.destroy_process_group()
+    assert counter.frame_count == 1
+    net = nn.SyncBatchNorm.convert_sync_batchnorm(model.ResNet50())
+    pretrain.accelerate(net, dataclasses.replace(machine, world=1))
+    assert net._compiled_call_impl is None
 
 
 def test_upsampling_equals_torchs():
@@ -2247,26 +2030,10 @@ def test_twenty_steps_on_a_gpu_follow_those_on_the_cpu(flags, tolerance, tmp_pat
 
 
 @gpu
-@pytest.mark.parametrize("n, m, d", [(17, 17, 64), (101, 101, 64), (100, 17, 32)])
-def test_attention_on_a_gpu_is_exact_to_its_rounding(n, m, d):
-    """The three shapes of a step, in bf16 against float64: output and gradients to 1% in norm."""
-    torch.manual_seed(0)
-    exact = [torch.randn(6, 3, k, d, dtype=torch.float64, device="cuda") for k in (n, m, m, n)]
-    results = []
-    for attention, dtype in ((F.scaled_dot_product_attention, torch.float64),
-                             (model.attend, torch.bfloat16)):
-        q, k, v = (x.to(dtype, copy=True).requires_grad_() for x in exact[:3])
-        out = attention(q, k, v)
-        out.backward(exact[3].to(dtype))
-        results.append([out, q.grad, k.grad, v.grad])
-    for want, got in zip(*results):
-        assert (got - want).norm() < 0.01 * want.norm()
-
-
-@gpu
-def test_one_process_under_nccl_equals_one_without(alone):
+def test_one_process_under_nccl_equals_one_without():
     """DDP, accumulation over two micro-batches and compiled blocks give the same gradients."""
-    alone("nccl")
+    torch.distributed.init_process_group("nccl", store=torch.distributed.HashStore(), rank=0,
+                                         world_size=1)
     plain = dataclasses.replace(CPU, device=torch.device("cuda", 0), compile=True)
     cfg, grads = config(*TINY), []
     for machine in plain, dataclasses.replace(plain, world=2):
@@ -2280,17 +2047,4 @@ def test_one_process_under_nccl_equals_one_without(alone):
         grads.append([p.grad for p in cim.parameters() if p.requires_grad])
     for a, b in zip(*grads):
         torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
-
-
-@gpu
-def test_a_deterministic_gpu_run_goes_on_bit_for_bit(tmp_path):
-    """README's line for CUDA: a run of six steps equals one of three that goes on."""
-    code = ("import torch, pretrain; torch.use_deterministic_algorithms(True); "
-            "pretrain.run(pretrain.main)")
-    for out, steps in ("a", 6), ("b", 3), ("b", 6):
-        result = command("-c", code, *TINY, "--device=cuda", "--dtype=bfloat16",
-                         f"--max_steps={steps}", f"--out={tmp_path / out}", "--compile=false",
-                         CUBLAS_WORKSPACE_CONFIG=":4096:8")
-        assert result.returncode == 0, result.stderr
-    a, b = encoder_of(tmp_path / "a"), encoder_of(tmp_path / "b")
-    assert all(torch.equal(a[key], b[key]) for key in a)
+    torch.distributed.destroy_process_group()
