@@ -35,7 +35,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from torchvision.transforms import v2
+from torchvision.transforms import RandomErasing, v2
 
 import crop
 from crop import InputError
@@ -219,16 +219,25 @@ def soft_loss(logits, targets, cfg):
     return F.binary_cross_entropy_with_logits(logits.float(), targets)
 
 
+def erase(images, p):
+    """Fill a random box of each normalised image with noise, with probability p, in place.
+    torchvision's own class would make the noise on the CPU."""
+    for image in images:
+        if torch.rand(()) < p:
+            top, left, h, w, _ = RandomErasing.get_params(image, (0.02, 0.33), (0.3, 3.3), [0.0])
+            image[:, top:top + h, left:left + w].normal_()
+
+
 def classifier_loss(cfg, labels, classes, machine):
     """-> loss(model, uint8 images, their numbers in the source): of a micro-batch, mixed. labels:
     of the source."""
     labels = torch.tensor(labels)
-    mix, erase = make_mix(cfg, classes), v2.RandomErasing(cfg.erasing, value="random")
+    mix = make_mix(cfg, classes)
 
     def loss(model, images, numbers):
         images = crop.normalize(machine.send(images).float() / 255)
         if cfg.erasing > 0:
-            images = torch.stack([erase(image) for image in images])
+            erase(images, cfg.erasing)
         images, targets = mix(images, machine.send(labels[numbers]))
         with machine.autocast():
             logits = model(images)
@@ -260,7 +269,7 @@ def build(cfg, classes, machine, weights=None):
     if weights:
         load_weights(model, weights, cfg.init)
     model.to(machine.device)
-    if cfg.segments and machine.syncs_batchnorm:  # a process has but two images or so
+    if cfg.segments and machine.device.type == "cuda" and machine.world > 1:  # of two images each
         model = torch.nn.SyncBatchNorm.convert_sync_batchnorm(model)
     depth = 4 if cfg.model == "resnet50" else len(model.encoder.blocks)
     groups = parameter_groups(model, cfg.weight_decay,

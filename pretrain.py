@@ -374,8 +374,6 @@ def build(cfg, machine):
     """The model and its optimiser, seeded, on the device."""
     torch.manual_seed(cfg.seed)
     cim = build_model(cfg).to(machine.device)
-    if machine.syncs_batchnorm:
-        cim = torch.nn.SyncBatchNorm.convert_sync_batchnorm(cim)  # changes a ResNet only
     return cim, torch.optim.AdamW(parameter_groups(cim, cfg.weight_decay), lr=cfg.lr,
                                   betas=(cfg.beta1, cfg.beta2), fused=machine.device.type != "mps")
 
@@ -389,12 +387,13 @@ def begin_with(cim, cfg):
 
 
 def accelerate(model, machine):
-    """Compile what is large where asked; wrap the model in DDP where there are processes."""
+    """Compile what is large where asked; wrap the model in DDP where there are processes. A
+    ResNet's BatchNorm sees the micro-batch of its process, as in MoCo, and has the statistics of
+    process 0: to exchange them would make a GPU wait 318 times for a micro-batch."""
     if machine.compile:  # in place, so that state-dict keys stay clean
         torch._dynamo.config.optimize_ddp = False  # it would cut blocks where DDP's buckets end
-        for part in model.modules():  # SyncBatchNorm would break the graph at each of its layers
-            if isinstance(part, (Block, CorrelationLayer, ResNet50)) and not any(
-                    isinstance(m, torch.nn.SyncBatchNorm) for m in part.modules()):
+        for part in model.modules():
+            if isinstance(part, (Block, CorrelationLayer, ResNet50)):
                 part.compile(fullgraph=True, dynamic=False)
     if machine.world == 1:
         return model
@@ -603,11 +602,6 @@ class Machine:
                 print(text, flush=True)
             except OSError:  # `| head` has gone, or a terminal
                 sys.stdout = open(os.devnull, "w")
-
-    @property
-    def syncs_batchnorm(self):
-        """Whether BatchNorm sees the images of all processes; SyncBatchNorm needs CUDA."""
-        return self.device.type == "cuda" and self.world > 1
 
     def share_buffers(self, model):
         """Give every process the BatchNorm statistics of process 0, as DDP does before a step."""

@@ -9,6 +9,7 @@ one that takes long.
 """
 
 import argparse
+import collections
 import dataclasses
 import errno
 import glob
@@ -1958,8 +1959,8 @@ gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no 
 
 
 def test_each_block_is_compiled_once(monkeypatch):
-    """Blocks of any drop path are one graph, which DDP does not cut where a bucket of 25 MB ends. A
-    ResNet with SyncBatchNorm, which breaks the graph at each of 53 layers, is not compiled."""
+    """Blocks of any drop path are one graph, which DDP does not cut where a bucket of 25 MB ends.
+    """
     from torch._dynamo.testing import CompileCounter
     counter, compile_ = CompileCounter(), nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", partialmethod(compile_, backend=counter))
@@ -1975,9 +1976,6 @@ def test_each_block_is_compiled_once(monkeypatch):
     finally:
         torch.distributed.destroy_process_group()
     assert counter.frame_count == 1
-    net = nn.SyncBatchNorm.convert_sync_batchnorm(model.ResNet50())
-    pretrain.accelerate(net, dataclasses.replace(machine, world=1))
-    assert net._compiled_call_impl is None
 
 
 def test_upsampling_equals_torchs():
@@ -2005,6 +2003,102 @@ def test_make_pairs_is_one_graph_that_does_not_depend_on_the_numbers():
         for a, b in zip(pairs(contexts, u, cfg), pretrain.make_pairs(contexts, u, cfg)):
             assert torch.equal(a, b)
     assert counter.frame_count == 1
+
+
+def on_fake_gpu(net, device):
+    """A module with its tensors replaced by fake ones on the device; shared ones stay shared."""
+    memo = {}
+    for table in (t for m in net.modules() for t in (m._parameters, m._buffers)):
+        for name, old in table.items():
+            if old is not None and id(old) not in memo:
+                new = torch.empty_strided(old.shape, old.stride(), dtype=old.dtype, device=device)
+                memo[id(old)] = (nn.Parameter(new, old.requires_grad)
+                                 if isinstance(old, nn.Parameter) else new)
+            table[name] = None if old is None else memo[id(old)]
+    return net
+
+
+@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="PyTorch is built without CUDA here")
+@pytest.mark.parametrize("script, flags", [
+    *((pretrain, flags) for flags in [
+        "--transforms=both --loss=focal", "--bootstrap=shared --correlation=convolution",
+        "--predictor=deconv --loss=balanced", "--decoder=siamfc", "--decoder=siamrpn",
+        "--decoder=transt", "--model=resnet50 --transforms=context"]),
+    *((finetune, flags) for flags in [
+        "--recipe=vit_b --model=vit_d8", "--recipe=resnet50_300 --model=resnet50",
+        "--recipe=linear --model=vit_d8", "--recipe=segment --model=vit_d8"])])
+def test_a_step_stays_on_the_gpu(script, flags, monkeypatch):
+    """Fake CUDA tensors have shapes, dtypes and a device but no values: what mixes devices raises,
+    and so does what needs a value on the host. Pairs, forward pass under bf16 autocast, clipping,
+    fused optimiser and moving average; a backward pass would need a driver."""
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    gpu = torch.device("cuda", 0)
+    machine = dataclasses.replace(CPU, device=gpu, dtype="bfloat16")
+    machine.send = lambda x: torch.empty(x.shape, dtype=x.dtype, device=gpu)
+    small = "--preset=demo" if script == pretrain else "--image_size=64 --mixup=0 --cutmix=0"
+    cfg = config(*small.split(), *flags.split(), script=script)
+    net = pretrain.build_model(cfg) if script == pretrain else finetune.build_model(cfg, 3)
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        on_fake_gpu(net, gpu)
+        if script == pretrain:
+            images, u = (torch.empty(4, 3, 64, 64, dtype=torch.uint8, device=gpu),
+                         torch.empty(4, cfg.exemplars + 1, crop.UNIFORMS, device=gpu))
+            pairs = pretrain.make_pairs(images, u, cfg)
+            with machine.autocast():
+                loss, logits = net(*pairs[:3])
+            assert logits.dtype == torch.float32
+        elif cfg.segments:
+            images = torch.empty(4, 4, 64, 64, dtype=torch.uint8)
+            loss = finetune.segmenter_loss(machine)(net, images, None)
+        else:
+            images, numbers = torch.empty(4, 3, 64, 64, dtype=torch.uint8), torch.empty(4).long()
+            loss = finetune.classifier_loss(cfg, [0, 1, 2, 1], 3, machine)(net, images, numbers)
+        assert (loss.device, loss.dtype) == (gpu, torch.float32)
+        parameters = [p for p in net.parameters() if p.requires_grad]
+        for p in parameters:
+            p.grad = torch.empty_like(p)
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        torch.optim.AdamW(parameters, fused=True).step()
+        if script == pretrain:
+            net.update_target(0.99)
+
+
+WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}
+
+
+@pytest.mark.parametrize("run, flags", [
+    (demo, ""), (demo, "--decoder=siamrpn"), (demo, "--decoder=transt"),
+    (tune, "--data={classes3}"), (tune, " ".join(SCENES) + " --data={scenes}")])
+def test_a_step_without_a_row_asks_for_no_value(run, flags, tmp_path, classes3, scenes,
+                                                monkeypatch):
+    """Steps 1 and 2 of 0 to 3 neither log nor save: no operation, also of the backward pass, may
+    need a value on the host, where a GPU would have to finish first. The profiler sees them all."""
+    schedule, profile = pretrain.learning_rate, torch.autograd.profiler.profile()
+
+    def learning_rate(step, *rest):  # the first thing that the loops call in a step
+        if step == 1:
+            profile.__enter__()
+        if step == 3:
+            profile.__exit__(None, None, None)
+        return schedule(step, *rest)
+
+    for script in pretrain, finetune:
+        monkeypatch.setattr(script, "learning_rate", learning_rate)
+    flags = flags.format(classes3=classes3, scenes=scenes).split()
+    args = [tmp_path] if run == demo else [tmp_path, classes3]
+    run(*args, *flags, "--max_steps=4", "--log_every=9", "--batch_size=4",
+        *["--eval_epochs=9"][:run == tune])
+    found = collections.Counter()
+    for event in profile.function_events:
+        if event.name in WAITS:
+            chain, parent = [event.name], event.cpu_parent
+            while parent is not None:
+                chain, parent = [parent.name, *chain], parent.cpu_parent
+            if not re.search("_fused_adamw_|one_hot|DataLoader", " ".join(chain)):  # on CPUs only
+                found[" > ".join(chain)] += 1
+    assert any(event.name == "aten::addmm" for event in profile.function_events)
+    assert not found
 
 
 @gpu
