@@ -1,9 +1,10 @@
 """pictures.py: the two pictures of the README, made from what a run has learned.
 
-    python docs/pictures.py found --ckpt=out/photos/ckpt.pt --photo=assets/astronaut.jpg
+    python docs/pictures.py found --ckpt=out/demo/ckpt.pt --seed=1
+    python docs/pictures.py found --ckpt=out/photos/ckpt.pt --photo=photo.jpg
     python docs/pictures.py learning
 
-`found` writes found.png: a photo, three pieces of it, and where a pre-trained network says that
+`found` writes found.png: a photo, or a generated scene, three pieces of it, and where a pre-trained network says that
 they come from. `learning` runs the demo in stages, in its own folder, and writes learning.png: the
 maps of one held-out scene after 0, 100, 300, 1,000 and 3,000 steps.
 """
@@ -72,7 +73,7 @@ def found(ckpt, photo, seed):
     sheet = Image.new("RGB", (big + 3 * (side + gap) + 2 * gap, big + 44), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     sheet.paste(back, (gap, 34))
-    for x, text in (gap, "three pieces of a photo"), (big + 2 * gap, (
+    for x, text in (gap, "three pieces of an image"), (big + 2 * gap, (
             "each turned and stretched, and where the network says that it was")):
         draw.text((x, 8), text, "black", font)
     square = torch.tensor([[-1, -1, 1], [1, -1, 1], [1, 1, 1], [-1, 1, 1], [-1, -1, 1.0]])
@@ -101,14 +102,14 @@ def rgb(text):
     return [int(text[i:i + 2], 16) for i in (1, 3, 5)]
 
 
-def learning(out, tile=84):
+def learning(out, tile=72):
     """A picture: the exemplars of a held-out scene, their maps, the average map, and the maps that
     the demo predicts after some steps."""
     flags = ["--preset=demo", f"--out={out}"]
     cfg = pretrain.parse_config(pretrain.Config, pretrain.PRESETS, flags)
     machine = pretrain.Machine(torch.device("cpu"), 0, 1, "float32", False)
-    context = crop.collate([pretrain.contexts_of(crop.Shapes("val"), [5], cfg)[0, 0]])[0]
-    pairs = pretrain.make_pairs(context, pretrain.uniforms(cfg, (5,), 1), cfg)
+    context = crop.collate([pretrain.contexts_of(crop.Shapes("val"), [2], cfg)[0, 0]])[0]
+    pairs = pretrain.make_pairs(context, pretrain.uniforms(cfg, (6,), 1), cfg)
     average = pretrain.mean_map(cfg, machine)
     rows = [("exemplar", None), ("its true map", pairs[2][0]),
             ("the average map", [average] * cfg.exemplars)]
@@ -135,8 +136,8 @@ def learning(out, tile=84):
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("picture", choices=["found", "learning"])
-    parser.add_argument("--ckpt", default="out/photos/ckpt.pt")
-    parser.add_argument("--photo", default="assets/astronaut.jpg")
+    parser.add_argument("--ckpt", default="out/demo/ckpt.pt")
+    parser.add_argument("--photo", help="instead of a scene (found)")
     parser.add_argument("--seed", type=int, default=0, help="other boxes (found)")
     parser.add_argument("--out", default="out/pictures", help="the folder of the picture")
     args = parser.parse_args()
