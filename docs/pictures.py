@@ -1,12 +1,12 @@
 """pictures.py: the two pictures of the README, made from what a run has learned.
 
-    python docs/pictures.py found --ckpt=out/demo/ckpt.pt --seed=1
-    python docs/pictures.py found --ckpt=out/photos/ckpt.pt --photo=photo.jpg
     python docs/pictures.py learning
+    python docs/pictures.py found --ckpt=out/pictures/demo/ckpt.pt --seed=1
+    python docs/pictures.py found --ckpt=out/photos/ckpt.pt --photo=photo.jpg
 
-`found` writes found.png: a photo, or a generated scene, three pieces of it, and where a pre-trained network says that
-they come from. `learning` runs the demo in stages, in its own folder, and writes learning.png: the
-maps of one held-out scene after 0, 100, 300, 1,000 and 3,000 steps.
+`learning` runs the demo in stages, in out/pictures/demo, and writes learning.png: the maps of one
+held-out scene after 0, 100, 300, 1,000 and 3,000 steps. `found` writes found.png: a scene or a
+photo, three pieces of it, and where a pre-trained network says that they come from.
 """
 
 import argparse
@@ -59,7 +59,7 @@ def outline(mask, width=2):
 
 
 def found(ckpt, photo, seed):
-    """A picture: the photo with three boxes, the three exemplars, the predicted maps as contours."""
+    """A picture: the image with three boxes, the exemplars, the predicted maps as contours."""
     cfg, cim = load(ckpt)
     u, side, big, gap = three_boxes(cfg, seed), 190, 300, 12
     with crop.open_image(photo) if photo else crop.Shapes("val").open(seed) as image:
