@@ -333,7 +333,8 @@ class Samples(torch.utils.data.Dataset):
                 return sample, j
             if not self.replace:
                 return None
-        raise InputError(f"ten images in a row cannot be read, up to {str(self.source.paths[j])!r}")
+        name = os.fsdecode(self.source.paths[j])
+        raise InputError(f"ten images in a row cannot be read, up to {name!r}")
 
     def read(self, j, seed, again=True):
         """The crop of image j, or None, with a warning, where it cannot be read."""
@@ -347,7 +348,7 @@ class Samples(torch.utils.data.Dataset):
                 time.sleep(1)
                 return self.read(j, seed, again=False)
             if j not in self.named:
-                print(f"warning: cannot read {str(self.source.paths[j])!r} ({error}): "
+                print(f"warning: cannot read {os.fsdecode(self.source.paths[j])!r} ({error}): "
                       f"{'replaced' if self.replace else 'left out'}", file=sys.stderr)
             self.named.add(j)
 
@@ -428,8 +429,8 @@ def curves(rows):
         top, low, high = 240 * k + 40, min(y), max(y)
         points = [(20 + 600 * s / end, top + 180 * (high - v) / (high - low or 1))
                   for s, v in zip(x, y)]
-        draw.line(points, COLOURS[3 * k], 2)
-        draw.ellipse([points[-1][i] + d for d in (-4, 4) for i in (0, 1)], COLOURS[3 * k])
+        draw.line(points, COLOURS[k], 2)
+        draw.ellipse([points[-1][i] + d for d in (-4, 4) for i in (0, 1)], COLOURS[k])
         draw.text((20, top - 30), f"{name}: {low:.4g} to {high:.4g}, at step {x[-1]} {y[-1]:.4g}",
                   "black", font)
     return picture
@@ -484,16 +485,17 @@ class Folder:
         if missing or not paths:
             raise InputError(f"{root!r} has no images of {missing[:5] or 'any class'}")
         number = {name: k for k, name in enumerate(self.classes)}
-        kept = [i for i, name in enumerate(folders) if classes is None or name in number]
-        # Arrays, since reading a list's entries writes to their pages: each worker would copy them.
-        self.paths = np.array([paths[i] for i in kept])
-        self.labels = np.array([number.get(folders[i], -1) for i in kept])
+        labels = np.array([number.get(name, -1) for name in folders])
+        kept = labels >= (-1 if classes is None else 0)
+        # Arrays, since to read a list writes to its pages, which each worker would then copy;
+        # bytes, since NumPy takes four for a letter.
+        self.paths, self.labels = np.array([*map(os.fsencode, paths)])[kept], labels[kept]
 
     def __len__(self):
         return len(self.paths)
 
     def open(self, i):
-        return open_image(self.paths[i])
+        return open_image(os.fsdecode(self.paths[i]))
 
 
 class Noise:
@@ -596,7 +598,7 @@ def open_images(data, split, classes=None):
     part = os.path.join(data, split)
     source = Folder(part if os.path.isdir(part) else data, classes)
     splits = {"training", "train", "validation", "valid", "val", "testing", "test"}
-    if source.classes and "train" not in source.classes and (
+    if len(source.classes) > 1 and min(source.labels) >= 0 and "train" not in source.classes and (
             {name.lower() for name in source.classes} <= splits) and not os.path.isdir(part):
         raise InputError(f"{data!r} has the folders {source.classes}: call them train and val")
     return source

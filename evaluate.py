@@ -59,7 +59,7 @@ class Config:
     step: number = 0.5  # change of a pixel in one step, in 255ths (pgd)
     steps: int = 5  # steps of the attack (pgd)
     pictures: int = 4  # images to paint (miou; maps: 16 at most)
-    seed: int = 0  # of an untrained encoder and random starts (pgd)
+    seed: int = 0  # of an untrained encoder, random starts (pgd), and a split without config.json
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"  # auto takes a GPU if there is one
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # auto: bfloat16 where the chip has it
     workers: int = -1  # loader processes for each process; -1 uses the cores at hand
@@ -76,7 +76,8 @@ def main(argv=None):
     """Run one bench; print its scores as JSON, the last line."""
     cfg = parse_config(Config, {}, argv, __doc__.split("\n")[0])
     began = time.perf_counter()
-    open_file(folder_of(cfg), "lock").close()  # what cannot be written is found before the work
+    if cfg.out or os.path.isdir(folder_of(cfg)):  # what cannot be written is found before the work
+        open_file(folder_of(cfg), "lock").close()
     with setup_machine(cfg) as machine:
         if cfg.data == "imagenette":
             with machine.first():  # it may have to be downloaded
@@ -108,24 +109,29 @@ def load_model(cfg, machine, segments=False):
 def frozen_encoder(cfg, machine):
     """A Classifier whose features are those of an encoder: of --ckpt, or untrained."""
     torch.manual_seed(cfg.seed)
-    if cfg.ckpt == "scratch" and cfg.model == "auto":
-        raise InputError("--ckpt=scratch needs --model")
     scratch = cfg.ckpt == "scratch"
+    if scratch and cfg.model == "auto":
+        raise InputError("--ckpt=scratch needs --model")
     model = Classifier(cfg.model, 1, probe=True) if scratch else load_encoder(cfg.ckpt, cfg.model)
+    if model.encoder.prefix and cfg.size % model.encoder.stride:
+        raise InputError(f"--size {cfg.size} is no multiple of {model.encoder.stride}")
     return model.to(machine.device).eval()
 
 
-def rows_to_score(cfg, recipe, machine):
+def rows_to_score(cfg, recipe, saved, machine):
     """-> (a source, the numbers of its images to score): val/ of a folder, or where there is none
-    the images that the run of `recipe` held out, if it was trained on this folder, else all. Raises
-    InputError for --classes that would change what was held out."""
+    the images that the run of the file `saved` held out, if it was trained on this folder, else
+    all. Raises InputError where it held out others: for other --classes or numbers of images."""
     splits = [os.path.isdir(os.path.join(cfg.data, split)) for split in ("train", "val")]
-    same = os.path.realpath(cfg.data) == os.path.realpath(recipe.data)
-    if same and not all(splits) and cfg.data not in crop.BUILT_IN:
+    same = os.path.realpath(cfg.data) == saved["identity"].get("data")
+    if same and not all(splits):
         if cfg.classes not in ("", recipe.classes):
             raise InputError("--classes has to be that of the run, which held images out of these")
         _, (source, rows), _ = crop.train_and_val(
             cfg.data, recipe.seed, crop.read_classes(recipe.classes))
+        if len(source) != saved["identity"]["images"]:
+            raise InputError(f"{cfg.data!r} has {len(source)} images, and had others when the run "
+                             "held some of them out")
         machine.say(f"{len(rows)} images that the run held out of {cfg.data}")
     else:
         source = crop.open_images(cfg.data, "val", crop.read_classes(cfg.classes))
@@ -149,7 +155,7 @@ def top1(cfg, machine, attack=None):
     """Top-1 and top-5 accuracy of a classifier on centre crops as in validation."""
     model, saved = load_model(cfg, machine)
     recipe = saved["config"]
-    source, rows = rows_to_score(cfg, recipe, machine)
+    source, rows = rows_to_score(cfg, recipe, saved, machine)
     labels, rows = labelled_rows(source, rows, saved["classes"], cfg.data)
     crops = centre_crops(source, rows, recipe.test_size, recipe.test_crop)
     return accuracy(model, Batches(crops, machine, cfg.workers), labels, machine, attack=attack)
@@ -167,9 +173,9 @@ def normalised_features(model, images, count, machine):
                 features = model.features(crop.normalize(x.float() / 255))
             table[machine.send(numbers)] = F.normalize(features.float())
     machine.sum(table)
-    if not table.isfinite().all():
-        raise InputError(f"the features of {count} images are not finite")
     seen = table.any(1)  # the rows of other images are 0
+    if not seen.any() or not table.isfinite().all():
+        raise InputError("no image can be read" if not seen.any() else "features are not finite")
     return table[seen], seen.nonzero().squeeze(1).cpu()
 
 
@@ -193,8 +199,8 @@ def knn(cfg, machine):
     classified that the encoder's run held out, by the seed in the config.json beside it."""
     model, seed = frozen_encoder(cfg, machine), cfg.seed
     config = os.path.join(os.path.dirname(cfg.ckpt), "config.json")
-    if os.path.exists(config):
-        seed = json.load(open(config))["seed"]
+    if cfg.ckpt != "scratch" and os.path.exists(config):
+        seed = json.load(open(config)).get("seed", seed)
     (train, rows), (val, val_rows), sentence = labelled_data(dataclasses.replace(cfg, seed=seed))
     machine.say(sentence)
     sides = []
@@ -335,33 +341,34 @@ def maps(cfg, machine):
     recipe = pretrain.Config(**saved["config"])
     cim = pretrain.build_model(recipe)
     cim.load_state_dict(saved["model"])
-    source, rows = rows_to_score(cfg, recipe, machine)
-    rows = np.random.default_rng(recipe.seed).permutation(rows).tolist()  # for varied pictures
+    source, rows = rows_to_score(cfg, recipe, saved, machine)
+    if isinstance(rows, range):  # for varied pictures
+        rows = np.random.default_rng(recipe.seed).permutation(rows).tolist()
     held_out = pretrain.HeldOut(source, rows, recipe, machine, cfg.workers, keep=False)
     score = held_out.evaluate(cim.to(machine.device))
     if machine.rank == 0:
-        held_out.paint(cim, f"{folder_of(cfg)}/figures.png", cfg.pictures)
+        held_out.paint(cim, f"{folder_of(cfg)}/figures.png", max(1, cfg.pictures))
     return score
 
 
 # ---------------------------------------------------------------------------------- 9. features
 
-TILE = 112  # pixels of an image in the pictures
+TILE = 112  # pixels of an image in neighbours.png and pca.png
 
 
 def features(cfg, machine):
-    """Features of every image of a folder: features.npz with `names` and `features`, float32
-    [n, width] of unit length; neighbours.png, six images, each with the five nearest to it;
+    """Features of the images of a folder, or of its val/: features.npz with `names` and `features`,
+    float32 [n, width] of unit length; neighbours.png, six images, each with the five nearest to it;
     pca.png, the six, with the first three principal components of their patch tokens as red, green
     and blue."""
-    model, source = frozen_encoder(cfg, machine), crop.open_images(
-        cfg.data, "val", crop.read_classes(cfg.classes))
-    crops = centre_crops(source, range(len(source)), cfg.size, 0.95)
+    model = frozen_encoder(cfg, machine)
+    source, rows = rows_to_score(cfg, None, dict(identity={}), machine)  # all of them
+    crops = centre_crops(source, rows, cfg.size, 0.95)
     found, numbers = normalised_features(
         model, Batches(crops, machine, cfg.workers), len(source), machine)
     if machine.rank == 0:
         numbers = numbers.tolist()
-        names = np.array([source.paths[i] for i in numbers])
+        names = np.array([os.fsdecode(source.paths[i]) for i in numbers])
         arrays = dict(names=names, features=found.cpu().numpy())
         save_file(f"{folder_of(cfg)}/features.npz", lambda f: np.savez(f, **arrays))
         shown = torch.linspace(0, len(found) - 1, min(6, len(found))).long()
@@ -373,7 +380,7 @@ def features(cfg, machine):
             x = crop.normalize(machine.send(images).float() / 255)
             tokens = model.encoder(x)[:, model.encoder.prefix:]  # [6, N, D]
         tokens = tokens - tokens.mean((0, 1))
-        axes = torch.linalg.svd(tokens.flatten(0, 1), full_matrices=False).Vh[:3]
+        axes = torch.linalg.svd(tokens.flatten(0, 1)).Vh[:3]
         colours = as_grid(tokens @ axes.T)  # [6, 3, side, side]
         low, high = colours.amin((0, 2, 3), True), colours.amax((0, 2, 3), True)
         colours = (255 * (colours - low) / (high - low)).byte().cpu()

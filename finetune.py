@@ -315,10 +315,12 @@ def accuracy(model, images, labels, machine, among=None, attack=None):
 
 # -------------------------------------------------------------------------------------- 5. main
 
-def save_model(path, model, cfg, classes, score):
-    """model.pt: weights by timm's or torchvision's names, class names in order, config, score."""
+def save_model(path, model, cfg, classes, score, identity=()):
+    """model.pt: weights by timm's or torchvision's names, class names in order, config, score, and
+    the Progress.identity of the run."""
     weights = {theirs: model.state_dict()[mine].cpu() for mine, theirs in model.names().items()}
-    saved = dict(weights=weights, classes=classes, config=dataclasses.asdict(cfg), score=score)
+    saved = dict(weights=weights, classes=classes, config=dataclasses.asdict(cfg), score=score,
+                 identity=dict(identity))
     save_file(path, lambda f: torch.save(saved, f))
 
 
@@ -339,7 +341,7 @@ def train(cfg, machine, signals):
     plan = make_plan(cfg, machine, len(rows))
     if plan.micro == 1 and (cfg.mixup or cfg.cutmix):
         raise InputError("MixUp and CutMix need two images: a larger --batch_size or --micro_batch")
-    data = dict(images=len(rows), classes=source.classes)
+    data = dict(images=len(source), classes=source.classes)
     model, optimizer = build(cfg, len(source.classes), machine, weights)
     if cfg.segments:
         cut, loss_of = partial(cut_scene, cfg=cfg), segmenter_loss(machine)
@@ -383,7 +385,8 @@ def train(cfg, machine, signals):
         progress.after(step + 1, loss, lr, grad_norm)
 
     if machine.rank == 0:
-        save_model(f"{cfg.out}/model.pt", model, cfg, source.classes, progress.row)
+        save_model(f"{cfg.out}/model.pt", model, cfg, source.classes, progress.row,
+                   progress.identity)
         print(f"finished after {progress.row['step']} steps: {cfg.out}/model.pt", flush=True)
 
 
@@ -395,7 +398,7 @@ LEFT = ("head.", "fc.", "fc_norm.", "norm.", "pyramid.", "auxiliary.",  # of oth
         "patch_embed_c.", "blocks_c.", "norm_c.")  # code's names for the target
 
 
-# What wrappers put in front of all names: DDP, torch.compile, MoCo, ours.
+# What wrappers put in front of all names: DDP, torch.compile, backbones, ours.
 WRAPPERS = r"^((module|_orig_mod|backbone|base_encoder|encoder|online)\.)*"
 
 
@@ -404,7 +407,7 @@ def read_weights(path):
     encoder.pt, ckpt.pt or model.pt, timm's ViT, torchvision's ResNet-50 or the released CIM
     weights; of two encoders the online one. Raises InputError where the file is something else."""
     if not os.path.isfile(path):
-        raise InputError(f"there is no file of weights {path!r}; --init=scratch needs none")
+        raise InputError(f"there is no file of weights {path!r}; the word scratch needs none")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the released file has one
             saved = state = torch.load(path, map_location="cpu", weights_only=True)
@@ -452,6 +455,7 @@ def load_encoder(path, model="auto"):
         raise InputError(f"the weights of {path!r} are of {name}: give --model={name}")
     probe = Classifier(name, 1, probe=True)
     load_weights(probe, state, path)
+    probe.fc_norm.reset_running_stats()  # those of another probe would change the features
     return probe
 
 
@@ -655,7 +659,7 @@ def mean_iou(model, images, classes, size, machine, show=None):
         if show:
             show(int(numbers[0]), image, labels, found)
     machine.sum(matrix, n)
-    if matrix.any(1).sum() < 2:
+    if matrix.any(1).sum() < 2 and not getattr(images, "signals", ()):  # which cut it short
         raise InputError("the masks that could be read have fewer than two classes. Labels count "
                          "from 1; pixels of label 0 are ignored")
     return iou_scores(matrix) | dict(n=n.item())

@@ -100,7 +100,7 @@ class Config:
     blur: number = 0.5  # probability of Gaussian blur
     solarize: number = 0.2  # probability of solarisation
     # model
-    init: str = ""  # a file of an encoder's weights to begin with, of any kind finetune.py takes
+    init: str = ""  # weights to begin with: ours, timm's, torchvision's; no fine-tuned ViT
     model: Literal[tuple(ENCODERS)] = "vit_b16"  # the encoder
     freeze_patch_embed: switch = True  # keep a ViT's patch embedding as initialised
     bootstrap: Literal[tuple(BOOTSTRAPS)] = "online_exemplar"  # Table 2; shared weights: no tau
@@ -113,7 +113,7 @@ class Config:
     # optimisation
     epochs: int = 300  # passes over the images
     steps: int = 0  # instead of epochs, where --epochs=0
-    warmup_epochs: number = 40.0  # of linear warm-up of the learning rate
+    warmup_epochs: number = 40.0  # of linear warm-up of the learning rate, also with --steps
     batch_size: int = 4096  # contexts a step, over all processes
     lr: number = 2.4e-3  # peak learning rate at a batch of lr_batch
     lr_batch: int = 4096  # the batch that lr is meant for; another one scales it linearly
@@ -195,7 +195,9 @@ def make_plan(cfg, machine, images):
         near = machine.world * cfg.micro_batch * max(1, round(share / cfg.micro_batch))
         raise InputError(f"the {share} images of a process divide into micro-batches of {micro} "
                          f"only; --batch_size {near} would divide well")
-    total = cfg.epochs * per_epoch or cfg.steps
+    total = cfg.epochs * per_epoch or hasattr(cfg, "steps") and cfg.steps
+    if total < 1:
+        raise InputError("no step to train: --epochs is 0")
     plan = Plan(images, micro, share // micro, per_epoch, total, min(total, cfg.max_steps or total),
                 round(cfg.warmup_epochs * per_epoch), cfg.lr * cfg.batch_size / cfg.lr_batch)
     machine.say(f"batch    {cfg.batch_size} = {machine.world} x {machine.device}, {machine.dtype}, "
@@ -430,15 +432,13 @@ def train(cfg, machine, signals):
             held_out.paint(cim, f"{cfg.out}/maps/{done:07d}.png", count=1)
         return score
 
-    progress = Progress(cfg, machine, plan, dict(images=len(indices)), cim, optimizer, signals,
+    progress = Progress(cfg, machine, plan, dict(images=len(source)), cim, optimizer, signals,
                         measure, cfg.eval_every)
     start = 0 if cfg.bench else progress.resume()
     if cfg.init and not start:
         begin_with(cim, cfg)
     wrapped = accelerate(cim, machine)  # what the loop calls; cim has the same weights
-    make = make_pairs
-    if machine.compile:
-        make = torch.compile(make_pairs, fullgraph=True, dynamic=False)
+    make = torch.compile(make_pairs, fullgraph=True, dynamic=False, disable=not machine.compile)
     parameters = [p for p in cim.parameters() if p.requires_grad]
     loader = iter(make_loader(contexts_of(source, indices, cfg),
                               micro_batches(cfg, plan, machine.rank, range(start, plan.stop)),
@@ -490,13 +490,14 @@ def next_commands(cfg, source):
     m, labelled = cfg.context_size, int((np.asarray(source.labels) >= 0).sum())
     encoder, data = f"{cfg.out}/encoder.pt", [f"--data={cfg.data}"]
     data += [f"--classes={cfg.classes}"] if cfg.classes else []
+    data += [f"--seed={cfg.seed}"] if cfg.seed else []
     commands = [["evaluate.py", "--bench=maps", f"--ckpt={cfg.out}/ckpt.pt"],
                 ["evaluate.py", "--bench=features", f"--size={m}", f"--ckpt={encoder}"]]
     if labelled and len(source.classes) > 1:
         recipe = [{"vit_s16": "--recipe=vit_s", "resnet50": "--recipe=resnet50_100"}.get(
             cfg.model, "--recipe=vit_b")]
         if labelled < 100_000:
-            batch = min(1024, 2 ** ((labelled // 2).bit_length() - 1))
+            batch = min(1024, 2 ** max(1, (labelled // 2).bit_length() - 1))
             recipe = ["--recipe=linear", f"--image_size={m}", f"--test_size={m}",
                       f"--batch_size={batch}"]
         if cfg.data == "shapes":
@@ -535,8 +536,8 @@ def run(main):
     except (InputError, torch.OutOfMemoryError) as error:
         reason = str(error).split("InputError: ")[-1].strip()  # without a worker's traceback
         if isinstance(error, torch.OutOfMemoryError):
-            reason = "the GPU's memory is full: give half of what the line `batch` above says as " \
-                     "images of a micro-batch, --micro_batch=N"
+            reason = ("the GPU's memory is full. In training give half of the images that the line "
+                      "`batch` names for a micro-batch, --micro_batch=N")
         print(f"{os.path.basename(sys.argv[0])}: {reason}", file=sys.stderr, flush=True)
         sys.exit(1)
     finally:
@@ -728,7 +729,7 @@ class Progress:
             fields["data"] = os.path.realpath(cfg.data)  # however it is spelled
             train = os.path.join(fields["data"], "train")
             images = train if os.path.isdir(train) else fields["data"]
-            if os.path.realpath(cfg.out).startswith(os.path.join(images, "")):
+            if os.path.join(os.path.realpath(cfg.out), "").startswith(os.path.join(images, "")):
                 raise InputError(f"--out {cfg.out!r} lies among the images of {cfg.data!r}: the "
                                  "run's pictures would become data")
         fields = {name: value for name, value in fields.items() if name not in FREE}
@@ -737,10 +738,10 @@ class Progress:
         self.restart(0)
 
     def resume(self):
-        """Put ckpt.pt, if there is one, into model and optimiser, and cut log.jsonl before the row
-        of its step, which is measured and written again: a run can have ended between checkpoint
-        and row. -> the number of steps done. Raises InputError naming the fields in which the
-        checkpoint's run is another one."""
+        """Put ckpt.pt, if there is one, into model and optimiser, and cut log.jsonl where it ends.
+        A row with measures, or one that is missing, is made again: a run can have ended between
+        checkpoint and row. -> the number of steps done. Raises InputError naming the fields in
+        which the checkpoint's run is another one."""
         saved, log, rows, done = load_checkpoint(self.path), f"{self.cfg.out}/log.jsonl", [], 0
         if saved:
             mine, theirs = self.identity, saved["identity"]
@@ -756,11 +757,11 @@ class Progress:
         if self.machine.rank == 0:
             with contextlib.suppress(FileNotFoundError, ValueError):  # no log; a torn row
                 for row in map(json.loads, open(log)):
-                    if row["step"] < done:
+                    if row["step"] < done + (not self.is_measured(done)):
                         rows.append(row)
             save_text(log, "".join(json.dumps(row) + "\n" for row in rows))
             save_text(f"{self.cfg.out}/config.json", json.dumps(dataclasses.asdict(self.cfg)))
-        if done:
+        if done and not (rows and rows[-1]["step"] == done):
             self.report()
         self.restart(done)
         return done

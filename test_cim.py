@@ -353,7 +353,7 @@ def test_a_folder_is_read_at_any_depth_through_links_that_may_loop(tmp_path):
     images = crop.Folder(str(root))
     some = crop.Folder(str(root), crop.read_classes(tmp_path / "list"))
     paths = ["a/000.png", "b/deep/er/000.JPG", "b/deep/er/001.JPG", "c/000.jpg"]
-    assert images.paths.tolist() == [str(root / path) for path in paths]
+    assert images.paths.tolist() == [os.fsencode(root / path) for path in paths]
     assert images.classes == ["a", "b", "c"] and images.labels.tolist() == [0, 1, 1, 2]
     assert some.paths.tolist() == [*images.paths[[0, 3]]] and some.labels.tolist() == [1, 0]
     Image.new("RGB", (9, 9)).save(tmp_path / "eps.jpg", "EPS")
@@ -1230,7 +1230,8 @@ def test_the_three_scripts_one_after_the_other(classes3, tmp_path):
 
 def test_a_run_is_scored_on_what_it_held_out(tmp_path):
     """A folder without val/: its own run's slice is scored, n and score are that run's; another
-    folder is scored whole. Other --classes than the run's would change the slice: an error."""
+    folder is scored whole. Other --classes than the run's would change the slice, and so would one
+    more image: errors. The skill of the maps is that of the run's last row."""
     for place, count in ("own/ant", 30), ("own/bee", 30), ("other/ant", 4), ("other/bee", 5):
         save_images(tmp_path / place, count, seed=count)
     row = tune(tmp_path / "fine", tmp_path / "own", "--max_steps=2")[-1]
@@ -1244,6 +1245,10 @@ def test_a_run_is_scored_on_what_it_held_out(tmp_path):
         assert score(tmp_path, *flags, f"--data={tmp_path}/other")["n"] == 9
         with pytest.raises(InputError, match="--classes"):
             score(tmp_path, *flags, f"--data={tmp_path}/own", f"--classes={tmp_path}/list")
+        assert got.get("skill") == pytest.approx(run.get("skill"))
+    save_images(tmp_path / "own/bee", 31)
+    with pytest.raises(InputError, match="61 images"):
+        score(tmp_path, *flags, f"--data={tmp_path}/own")
 
 
 def test_the_centre_crop_equals_torchvisions():
@@ -1778,7 +1783,7 @@ def test_a_checkpoint_of_another_run_names_the_fields(tmp_path, classes3):
     demo(out, f"--data={tmp_path}/out/../photos/", "--max_steps=2", "--micro_batch=4",
          "--workers=1", "--save_every=7")
     (photos / "003.jpg").unlink()
-    with pytest.raises(InputError, match=r"images \(18 there, 17 here\)"):
+    with pytest.raises(InputError, match=r"images \(20 there, 19 here\)"):
         demo(out, f"--data={photos}", "--max_steps=3")
     flags = f"--classes={names}", "--max_steps=1"
     names.write_text("ant\nbee\ncat")
@@ -1880,7 +1885,7 @@ def test_curves_go_from_the_least_to_the_largest(tmp_path):
     rows = [dict(step=1, loss=0.7), dict(step=5, loss=0.5, skill=-1),
             dict(step=9, loss=0.4, skill=1)]
     picture = crop.curves(rows)
-    for y, colour in (220, crop.COLOURS[0]), (280, crop.COLOURS[3]):
+    for y, colour in (220, crop.COLOURS[0]), (280, crop.COLOURS[1]):
         assert picture.getpixel((620, y)) == tuple(bytes.fromhex(colour[1:]))
 
 

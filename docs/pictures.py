@@ -66,9 +66,10 @@ def found(ckpt, photo, seed):
         context, fine = (crop.cut_centre(image.copy(), None, size, 1.0)[None]
                          for size in (cfg.context_size, big))
     pairs = pretrain.make_pairs(context, u, cfg)
-    _, exemplars, truth, theta = crop.make_pairs(
+    _, exemplars, _, theta = crop.make_pairs(
         fine, u, 98, cfg.scale, cfg.ratio, cfg.rotation, cfg.flip, transforms=cfg.transforms)
-    p = F.interpolate(predict(cim, pairs)[None], size=(side, side), mode="bilinear")[0]
+    answers = predict(cim, pairs)  # [3, m, m]
+    p = F.interpolate(answers[None], size=(side, side), mode="bilinear")[0]
     back = crop.to_image(fine[0])
     sheet = Image.new("RGB", (big + 3 * (side + gap) + 2 * gap, big + 44), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
@@ -84,7 +85,7 @@ def found(ckpt, photo, seed):
         piece = crop.paint(exemplars[0, k])
         draw.rectangle([x - 3, 31, x + 98 + 2, 34 + 98 + 2], colour)
         sheet.paste(piece, (x, 34))
-        iou = crop.map_iou(pairs[2][0, k], predict(cim, pairs)[k].logit())
+        iou = crop.map_iou(pairs[2][0, k], answers[k] - 0.5)
         draw.text((x + 110, 74), f"IoU {iou:.0%}", "black", font)
         panel = np.asarray(back.resize((side, side), Image.BICUBIC)).astype(float)
         inside = (p[k] > 0.5).numpy()
@@ -105,6 +106,8 @@ def rgb(text):
 def learning(out, tile=72):
     """A picture: the exemplars of a held-out scene, their maps, the average map, and the maps that
     the demo predicts after some steps."""
+    if os.path.exists(f"{out}/ckpt.pt"):
+        sys.exit(f"{out} holds a run, whose stages are gone: delete it, or give another --out")
     flags = ["--preset=demo", f"--out={out}"]
     cfg = pretrain.parse_config(pretrain.Config, pretrain.PRESETS, flags)
     machine = pretrain.Machine(torch.device("cpu"), 0, 1, "float32", False)
