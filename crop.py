@@ -420,18 +420,19 @@ def contact_sheet(context, exemplars, maps, theta, logits=None, tile=TILE):
 
 
 def curves(rows):
-    """Rows of a log -> a picture: its loss and its score by step, from the least to the largest."""
+    """Rows of a log -> a picture: its loss and its score by step, and a gray line at 0."""
     names = [name for name in ("loss", "skill", "top1", "miou") if any(name in row for row in rows)]
     picture, font = Image.new("RGB", (640, 240 * len(names)), "white"), ImageFont.load_default(14)
     draw, end = ImageDraw.Draw(picture), max(row["step"] for row in rows)
     for k, name in enumerate(names):
         x, y = zip(*((row["step"], row[name]) for row in rows if name in row))
-        top, low, high = 240 * k + 40, min(y), max(y)
+        top, low, high = 240 * k + 40, min(0, *y), max(0, *y)  # the gray line is at 0
         points = [(20 + 600 * s / end, top + 180 * (high - v) / (high - low or 1))
-                  for s, v in zip(x, y)]
-        draw.line(points, COLOURS[k], 2)
+                  for s, v in zip((0, end, *x), (0, 0, *y))]
+        draw.line(points[:2], "#bbbbbb")
+        draw.line(points[2:], COLOURS[k], 2)
         draw.ellipse([points[-1][i] + d for d in (-4, 4) for i in (0, 1)], COLOURS[k])
-        draw.text((20, top - 30), f"{name}: {low:.4g} to {high:.4g}, at step {x[-1]} {y[-1]:.4g}",
+        draw.text((20, top - 30), f"{name}: {y[0]:.4g} at step {x[0]}, {y[-1]:.4g} at step {x[-1]}",
                   "black", font)
     return picture
 
@@ -442,7 +443,7 @@ def curves(rows):
 # tasks with labels source.classes and source.labels, the number of each image's class, -1 for none.
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
-FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # theirs, by Pillow's names
+FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF", "PPM")  # by Pillow's names; no HEIC
 BUILT_IN = ("shapes", "imagenette", "none")
 
 
@@ -483,7 +484,8 @@ class Folder:
         self.classes = classes or sorted({*folders} - {"."})  # "." is the root itself
         missing = sorted({*self.classes} - {*folders})
         if missing or not paths:
-            raise InputError(f"{root!r} has no images of {missing[:5] or 'any class'}")
+            raise InputError(f"{root!r} has no images of {missing[:5]}" if missing else
+                             f"{root!r} has no images of the formats {', '.join(FORMATS)}")
         number = {name: k for k, name in enumerate(self.classes)}
         labels = np.array([number.get(name, -1) for name in folders])
         kept = labels >= (-1 if classes is None else 0)
@@ -606,8 +608,8 @@ def open_images(data, split, classes=None):
 
 def train_and_val(data, seed, classes=None):
     """Images to train on and others to measure on, in random order: those of val/ where there are
-    train/ and val/, else 5%, at most 5,000, that are drawn with the seed. -> (source, indices)
-    twice, and a sentence that says what was chosen."""
+    train/ and val/, else 5%, but 16 to 5,000, and of few images a quarter, that are drawn with the
+    seed. -> (source, indices) twice, and a sentence that says what was chosen."""
     train = open_images(data, "train", classes)
     rng = np.random.default_rng((seed, 1))  # stream 1: the split
     if data in BUILT_IN or all(os.path.isdir(os.path.join(data, x)) for x in ("train", "val")):
@@ -615,7 +617,7 @@ def train_and_val(data, seed, classes=None):
         return ((train, range(len(train))), (val, rng.permutation(len(val))),
                 f"{len(train)} images of train; {len(val)} of val, held out")
     order = rng.permutation(len(train))
-    count = min(max(2, len(train) // 20), 5000, len(train) - 1)
+    count = min(max(16, len(train) // 20), 5000, max(2, len(train) // 4), len(train) - 1)
     return ((train, np.sort(order[count:])), (train, order[:count]),
             f"{len(train) - count} images; no val/, so {count} more, drawn by the seed, held out")
 

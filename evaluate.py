@@ -348,6 +348,7 @@ def maps(cfg, machine):
     score = held_out.evaluate(cim.to(machine.device))
     if machine.rank == 0:
         held_out.paint(cim, f"{folder_of(cfg)}/figures.png", max(1, cfg.pictures))
+        machine.say(f"wrote figures.png into {folder_of(cfg)}")
     return score
 
 
@@ -386,6 +387,7 @@ def features(cfg, machine):
         colours = (255 * (colours - low) / (high - low)).byte().cpu()
         save_tiles(f"{folder_of(cfg)}/pca.png",
                    [[F.interpolate(x[None], TILE)[0] for x in row] for row in (images, colours)])
+        machine.say(f"wrote features.npz, neighbours.png and pca.png into {folder_of(cfg)}")
     return dict(width=found.shape[1], n=len(found))
 
 

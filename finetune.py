@@ -387,7 +387,7 @@ def train(cfg, machine, signals):
     if machine.rank == 0:
         save_model(f"{cfg.out}/model.pt", model, cfg, source.classes, progress.row,
                    progress.identity)
-        print(f"finished after {progress.row['step']} steps: {cfg.out}/model.pt", flush=True)
+        machine.say(f"{progress.finished(start)}: {cfg.out}/model.pt")
 
 
 # ----------------------------------------------------------------------------------- 6. weights
@@ -407,7 +407,7 @@ def read_weights(path):
     encoder.pt, ckpt.pt or model.pt, timm's ViT, torchvision's ResNet-50 or the released CIM
     weights; of two encoders the online one. Raises InputError where the file is something else."""
     if not os.path.isfile(path):
-        raise InputError(f"there is no file of weights {path!r}; the word scratch needs none")
+        raise InputError(f"there is no file of weights {path!r}")
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):  # the released file has one
             saved = state = torch.load(path, map_location="cpu", weights_only=True)
@@ -418,7 +418,7 @@ def read_weights(path):
             return "resnet50", state, saved
         width, patch = (state[k].shape[-1] for k in ("cls_token", "patch_embed.proj.weight"))
     except Exception as error:  # torch.load raises many kinds on files that are none
-        raise InputError(f"{path!r} holds no weights of a ViT or ResNet-50: {error!r}") from error
+        raise InputError(f"{path!r} is torn, or holds no weights of a ViT or ResNet-50") from error
     depth = len({k.split(".")[1] for k in state if k.startswith("blocks.")})
     for name, known in ENCODERS.items():
         if known == (width, depth, patch):

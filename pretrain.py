@@ -19,7 +19,7 @@ stop here:
     7. command line   8. machine   9. loader   10. checkpoint and log   11. signals   12. --bench
 
 A run is a function of its config and seed: the images, crops and uniform numbers of step s are
-seeded by (seed, s) alone, so the number of workers and processes, the micro-batch and
+follow from the seed and s alone, so the number of workers and processes, the micro-batch and
 interruptions change nothing but the rounding of floats (with BatchNorm its statistics too), and a
 checkpoint needs no loader state.
 """
@@ -380,12 +380,13 @@ def build(cfg, machine):
                                   betas=(cfg.beta1, cfg.beta2), fused=machine.device.type != "mps")
 
 
-def begin_with(cim, cfg):
-    """Put the encoder of --init into the online and the target encoder."""
+def begin_with(cim, cfg, machine):
+    """Put the encoder of --init into the online and the target encoder, and say so."""
     from finetune import load_encoder  # here, since finetune.py imports this file
     weights = load_encoder(cfg.init, cfg.model).encoder.state_dict()
     for encoder in cim.online, cim.target:
         encoder.load_state_dict(weights)
+    machine.say(f"model    {cfg.model} from {cfg.init}")
 
 
 def accelerate(model, machine):
@@ -436,7 +437,7 @@ def train(cfg, machine, signals):
                         measure, cfg.eval_every)
     start = 0 if cfg.bench else progress.resume()
     if cfg.init and not start:
-        begin_with(cim, cfg)
+        begin_with(cim, cfg, machine)
     wrapped = accelerate(cim, machine)  # what the loop calls; cim has the same weights
     make = torch.compile(make_pairs, fullgraph=True, dynamic=False, disable=not machine.compile)
     parameters = [p for p in cim.parameters() if p.requires_grad]
@@ -476,11 +477,11 @@ def train(cfg, machine, signals):
     if machine.rank == 0:
         for name, encoder in (("encoder", cim.online), ("target", cim.target)):
             save_file(f"{cfg.out}/{name}.pt", lambda f: torch.save(encoder.state_dict(), f))
-        machine.say(f"finished after {progress.row['step']} steps: {cfg.out}/encoder.pt, and its "
-                    "average, target.pt. Look at maps.png and curves.png there.")
+        machine.say(f"{progress.finished(start)}: {cfg.out}/encoder.pt, and its average, "
+                    "target.pt. Look at maps.png and curves.png there.")
         if progress.row["skill"] < 0.02:
-            machine.say("Its skill is below 0.02: the task is not learned. Give it more time, "
-                        "another --lr, or an easier task, --transforms=none --rotation=0")
+            machine.say("Its skill is below 0.02: the task is not learned. With another --out, give "
+                        "it more time, another --lr, or an easier task (--transforms, --rotation)")
         machine.say(f"Next:\n{next_commands(cfg, source)}")
 
 
@@ -540,6 +541,8 @@ def run(main):
                       "`batch` names for a micro-batch, --micro_batch=N")
         print(f"{os.path.basename(sys.argv[0])}: {reason}", file=sys.stderr, flush=True)
         sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command goes on from the last checkpoint, if there is one")
     finally:
         if hasattr(signal, "SIGCHLD"):  # not on Windows
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader would complain
@@ -837,6 +840,11 @@ class Progress:
                          config=dataclasses.asdict(self.cfg), model=self.model.state_dict(),
                          optimizer=self.optimizer.state_dict())
             save_file(self.path, lambda f: torch.save(state, f))
+
+    def finished(self, start):
+        """The first words of a run's last sentence."""
+        already = "already " if start == self.plan.stop else ""
+        return f"{already}finished after {self.row['step']} steps"
 
     def stop_early(self):
         """End this process after a signal, when the checkpoint is written."""

@@ -25,7 +25,7 @@ import pretrain
 
 def load(path):
     """-> a run's Config and its model, from a ckpt.pt."""
-    saved = pretrain.load_checkpoint(path)
+    saved = pretrain.load_checkpoint(path) or sys.exit(f"there is no {path}")
     cfg = pretrain.Config(**saved["config"])
     cim = pretrain.build_model(cfg)
     cim.load_state_dict(saved["model"])
@@ -74,19 +74,21 @@ def found(ckpt, photo, seed):
     sheet = Image.new("RGB", (big + 3 * (side + gap) + 2 * gap, big + 44), "white")
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(15)
     sheet.paste(back, (gap, 34))
-    for x, text in (gap, "three pieces of an image"), (big + 2 * gap, (
-            "each turned and stretched, and where the network says that it was")):
+    for x, text in (gap, "an image, and the boxes of three pieces"), (big + 2 * gap, (
+            "the pieces, and where the network says that they were")):
         draw.text((x, 8), text, "black", font)
     square = torch.tensor([[-1, -1, 1], [1, -1, 1], [1, 1, 1], [-1, 1, 1], [-1, -1, 1.0]])
     for k, colour in enumerate(crop.COLOURS[:3]):
         corners = (square @ theta[0, k].T + 1) / 2
-        draw.line((corners * big + torch.tensor([gap, 34])).flatten().tolist(), colour, 4)
+        outer = (corners * big + torch.tensor([gap, 34])).flatten().tolist()
+        draw.line(outer, "white", 9)
+        draw.line(outer, colour, 4)
         x = big + 2 * gap + k * (side + gap)
         piece = crop.paint(exemplars[0, k])
         draw.rectangle([x - 3, 31, x + 98 + 2, 34 + 98 + 2], colour)
         sheet.paste(piece, (x, 34))
         iou = crop.map_iou(pairs[2][0, k], answers[k] - 0.5)
-        draw.text((x + 110, 74), f"IoU {iou:.0%}", "black", font)
+        draw.text((x + 110, 74), f"overlap\n{iou:.0%}", "black", font)
         panel = np.asarray(back.resize((side, side), Image.BICUBIC)).astype(float)
         inside = (p[k] > 0.5).numpy()
         panel[~inside] = 90 + 0.4 * panel[~inside]  # pale where the network says no
@@ -122,17 +124,15 @@ def learning(out, tile=72):
             pretrain.main([*flags, f"--max_steps={steps}"])
             cim = load(f"{out}/ckpt.pt")[1]
         rows.append((f"after {steps:,} steps", predict(cim.eval(), pairs)))
-    sheet = Image.new("RGB", (150 + (tile + 6) * (cfg.exemplars + 1), 6 + (tile + 6) * len(rows)),
+    sheet = Image.new("RGB", (150 + (tile + 6) * cfg.exemplars, 6 + (tile + 6) * len(rows)),
                       "white")
     draw, font, picture = ImageDraw.Draw(sheet), ImageFont.load_default(16), crop.paint(pairs[0][0])
     for r, (name, maps) in enumerate(rows):
         y = 6 + r * (tile + 6)
         draw.text((6, y + tile // 2), name, "black", font, anchor="lm")
-        if r == 0:
-            sheet.paste(picture.resize((tile, tile), Image.BICUBIC), (150, y))
         for k in range(cfg.exemplars):
             panel = crop.paint(pairs[1][0, k]) if maps is None else crop.paint_map(maps[k], picture)
-            sheet.paste(panel.resize((tile, tile), Image.BICUBIC), (150 + (k + 1) * (tile + 6), y))
+            sheet.paste(panel.resize((tile, tile), Image.BICUBIC), (150 + k * (tile + 6), y))
     return sheet
 
 
