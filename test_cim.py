@@ -1310,8 +1310,8 @@ def test_imagenet_c_reads_the_published_layout(tmp_path):
 
 
 def test_predictions_are_made_among_the_folders_only(tmp_path):
-    """ImageNet-A, -R, -Sketch: classes are found by name, those without a folder not predicted. An
-    image that cannot be read is left out."""
+    """ImageNet-A, -R, -Sketch: classes are found by name, those without a folder not predicted, nor
+    those that --classes leaves out. An image that cannot be read is left out."""
     names, among = ["dog", "ant", "cow", "bee"], ["bee", "cow", "dog"]
     net = save_classifier(tmp_path / "model.pt", names, seed=3)
     for k, name in enumerate(among):
@@ -1319,9 +1319,15 @@ def test_predictions_are_made_among_the_folders_only(tmp_path):
     expected = predictions(net, tmp_path / "r", names, among=among)
     assert expected != predictions(net, tmp_path / "r", names)  # the protocol matters here
     (tmp_path / "r" / "cow" / "zzz.jpg").write_text("no image")
-    got = score(tmp_path, "--bench=imagenet_r", f"--ckpt={tmp_path}/model.pt",
-                f"--data={tmp_path}/r")
+    flags = "--bench=imagenet_r", f"--ckpt={tmp_path}/model.pt", f"--data={tmp_path}/r"
+    got = score(tmp_path, *flags)
     assert got["imagenet_r"] == pytest.approx(expected, abs=1e-3) and got["n"] == 24
+    (tmp_path / "list").write_text("bee\ndog")
+    shutil.rmtree(tmp_path / "r" / "cow")
+    expected = predictions(net, tmp_path / "r", names, among=["bee", "dog"])
+    save_images(tmp_path / "r" / "cow", 8, seed=1)
+    got = score(tmp_path, *flags, f"--classes={tmp_path}/list")
+    assert got["imagenet_r"] == pytest.approx(expected, abs=1e-3) and got["n"] == 16
 
 
 # ------------------------------------------------------------------------------ 9. segmentation
