@@ -485,29 +485,6 @@ def train(cfg, machine, signals):
         machine.say(f"Next:\n{next_commands(cfg, source)}")
 
 
-def next_commands(cfg, source):
-    """Commands that show what the encoder has learned: its maps, the neighbours of images and,
-    where images have labels, k-NN and fine-tuning or, of fewer than 100,000, a linear probe."""
-    m, labelled = cfg.context_size, int((np.asarray(source.labels) >= 0).sum())
-    encoder, data = f"{cfg.out}/encoder.pt", [f"--data={cfg.data}"]
-    data += [f"--classes={cfg.classes}"] if cfg.classes else []
-    data += [f"--seed={cfg.seed}"] if cfg.seed else []
-    commands = [["evaluate.py", "--bench=maps", f"--ckpt={cfg.out}/ckpt.pt"],
-                ["evaluate.py", "--bench=features", f"--size={m}", f"--ckpt={encoder}"]]
-    if labelled and len(source.classes) > 1:
-        recipe = [{"vit_s16": "--recipe=vit_s", "resnet50": "--recipe=resnet50_100"}.get(
-            cfg.model, "--recipe=vit_b")]
-        if labelled < 100_000:
-            batch = min(1024, 2 ** max(1, (labelled // 2).bit_length() - 1))
-            recipe = ["--recipe=linear", f"--image_size={m}", f"--test_size={m}",
-                      f"--batch_size={batch}"]
-        if cfg.data == "shapes":
-            recipe = ["--recipe=demo"]
-        commands += [["evaluate.py", "--bench=knn", f"--size={m}", f"--ckpt={encoder}"],
-                     ["finetune.py", *recipe, f"--init={encoder}", f"--out={cfg.out}_tuned"]]
-    return "\n".join(shlex.join(["python", *words, *data]) for words in commands)
-
-
 # =========================================================== what the three scripts share: plumbing
 
 # ------------------------------------------------------------------------------- 7. command line
@@ -862,6 +839,25 @@ def write_row(cfg, machine, plan, row):
         left = (plan.stop - row["step"]) * cfg.batch_size / row["images_per_s"]
         shown = [f"{name} {x:.4g}" for name, x in row.items() if not isinstance(x, list)]
         machine.say("  ".join([*shown, f"left {timedelta(seconds=round(left))}"]))
+
+
+def next_commands(cfg, source):
+    """The commands that show what an encoder has learned: its maps, the neighbours of images and,
+    where images have labels, k-NN and a linear probe, or after the demo fine-tuning."""
+    m, labelled = cfg.context_size, int((np.asarray(source.labels) >= 0).sum())
+    encoder, data = f"{cfg.out}/encoder.pt", [f"--data={cfg.data}"]
+    data += [f"--classes={cfg.classes}"] if cfg.classes else []
+    data += [f"--seed={cfg.seed}"] if cfg.seed else []
+    commands = [["evaluate.py", "--bench=maps", f"--ckpt={cfg.out}/ckpt.pt"],
+                ["evaluate.py", "--bench=features", f"--size={m}", f"--ckpt={encoder}"]]
+    if labelled and len(source.classes) > 1:
+        batch = min(1024, 2 ** max(1, (labelled // 2).bit_length() - 1))
+        probe = ["--recipe=linear", f"--image_size={m}", f"--test_size={m}",
+                 f"--batch_size={batch}"]
+        commands += [["evaluate.py", "--bench=knn", f"--size={m}", f"--ckpt={encoder}"],
+                     ["finetune.py", *(["--recipe=demo"] if cfg.data == "shapes" else probe),
+                      f"--init={encoder}", f"--out={cfg.out}_tuned"]]
+    return "\n".join(shlex.join(["python", *words, *data]) for words in commands)
 
 
 # ---------------------------------------------------------------------------------- 11. signals
