@@ -339,7 +339,7 @@ class HeldOut:
         for contexts, numbers in self.images:
             (_, _, maps, _), logits, swapped = self.predict(cim, contexts, numbers)
             both = maps.flatten(2) @ averages.flatten(1).T  # [B, K, T]: pixels in box and average
-            union = maps.sum((2, 3))[..., None] + averages.sum((1, 2)) - both
+            union = (maps.sum((2, 3))[..., None] + averages.sum((1, 2)) - both).clamp(min=1)
             losses = [F.binary_cross_entropy_with_logits(x, maps) for x in (
                 logits, swapped, self.mean_map.logit().expand_as(maps))]
             means = [*losses, crop.map_iou(maps, logits).mean(), *(both / union).mean((0, 1))]
