@@ -417,13 +417,13 @@ def main(argv=None):
 def train(cfg, machine, signals):
     """From the images to encoder.pt. signals: a list that grows when the run is asked to stop."""
     with machine.first():  # Imagenette may have to be downloaded
-        (source, indices), (val, rows), sentence = crop.train_and_val(
+        (source, indices), (val, val_rows), sentence = crop.train_and_val(
             cfg.data, cfg.seed, crop.read_classes(cfg.classes))
     machine.say(f"data     {cfg.data}: {sentence}")
     plan = make_plan(cfg, machine, len(indices))
     if cfg.bench:
         plan = plan._replace(stop=BENCH_WARMUP + cfg.bench)
-    held_out = HeldOut(val, rows[:HELD_OUT], cfg, machine)
+    held_out = HeldOut(val, val_rows[:HELD_OUT], cfg, machine)
     cim, optimizer = build(cfg, machine)
 
     def measure(done):
@@ -480,8 +480,9 @@ def train(cfg, machine, signals):
         machine.say(f"{progress.finished(start)}: {cfg.out}/encoder.pt, and its average, "
                     "target.pt. Look at maps.png and curves.png there.")
         if progress.row["skill"] < 0.02:
-            machine.say("Its skill is below 0.02: the task is not learned. With another --out, give "
-                        "it more time, another --lr, or an easier task (--transforms, --rotation)")
+            machine.say("Its skill is below 0.02: the task is not learned. With another --out, "
+                        "give it more time, another --lr, or an easier task (--transforms, "
+                        "--rotation)")
         machine.say(f"Next:\n{next_commands(cfg, source)}")
 
 
