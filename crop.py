@@ -600,8 +600,8 @@ def open_images(data, split, classes=None):
     part = os.path.join(data, split)
     source = Folder(part if os.path.isdir(part) else data, classes)
     splits = {"training", "train", "validation", "valid", "val", "testing", "test"}
-    if len(source.classes) > 1 and min(source.labels) >= 0 and "train" not in source.classes and (
-            {name.lower() for name in source.classes} <= splits) and not os.path.isdir(part):
+    if not os.path.isdir(part) and len(source.classes) > 1 and "train" not in source.classes and (
+            {name.lower() for name in source.classes} <= splits) and source.labels.min() >= 0:
         raise InputError(f"{data!r} has the folders {source.classes}: call them train and val")
     return source
 
