@@ -2004,19 +2004,6 @@ def test_upsampling_equals_torchs():
         torch.testing.assert_close(model.upsample(y.float(), 4), outs[0].float())
 
 
-def test_make_pairs_is_one_graph_that_does_not_depend_on_the_numbers():
-    """The training loop compiles it with fullgraph and static shapes: once, not once a step."""
-    from torch._dynamo.testing import CompileCounter
-    counter = CompileCounter()
-    pairs = torch.compile(pretrain.make_pairs, backend=counter, fullgraph=True, dynamic=False)
-    cfg, contexts = config(*TINY), first_images(crop.Shapes("val"), 2, 64)
-    for step in range(3):
-        u = pretrain.uniforms(cfg, (4, step), 2)
-        for a, b in zip(pairs(contexts, u, cfg), pretrain.make_pairs(contexts, u, cfg)):
-            assert torch.equal(a, b)
-    assert counter.frame_count == 1
-
-
 def on_fake_gpu(net, device):
     """A module with its tensors replaced by fake ones on the device; shared ones stay shared."""
     memo = {}
@@ -2030,7 +2017,26 @@ def on_fake_gpu(net, device):
     return net
 
 
-@pytest.mark.skipif(not torch.backends.cuda.is_built(), reason="PyTorch is built without CUDA here")
+@pytest.fixture
+def fake_gpu(monkeypatch):
+    """A machine whose GPU is pretended: tensors on it have shapes and dtypes, but no values."""
+    if not torch.backends.cuda.is_built():
+        pytest.skip("PyTorch is built without CUDA here")
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
+    gpu = torch.device("cuda", 0)
+    machine = dataclasses.replace(CPU, device=gpu, dtype="bfloat16", compile=True)
+    machine.send = lambda x: torch.empty(x.shape, dtype=x.dtype, device=gpu)
+    machine.pretending = torch._subclasses.fake_tensor.FakeTensorMode()
+    return machine
+
+
+def fake_batch(cfg, machine):
+    """uint8 contexts and uniform numbers of four images on the fake GPU."""
+    return (machine.send(torch.empty(4, 3, 64, 64, dtype=torch.uint8)),
+            machine.send(torch.empty(4, cfg.exemplars + 1, crop.UNIFORMS)))
+
+
 @pytest.mark.parametrize("script, flags", [
     *((pretrain, flags) for flags in [
         "--transforms=both --loss=focal", "--bootstrap=shared --correlation=convolution",
@@ -2039,34 +2045,27 @@ def on_fake_gpu(net, device):
     *((finetune, flags) for flags in [
         "--recipe=vit_b --model=vit_d8", "--recipe=resnet50_300 --model=resnet50",
         "--recipe=linear --model=vit_d8", "--recipe=segment --model=vit_d8"])])
-def test_a_step_stays_on_the_gpu(script, flags, monkeypatch):
-    """Fake CUDA tensors have shapes, dtypes and a device but no values: what mixes devices raises,
-    and so does what needs a value on the host. Pairs, forward pass under bf16 autocast, clipping,
-    fused optimiser and moving average; a backward pass would need a driver."""
-    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
-    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda *_: True)
-    gpu = torch.device("cuda", 0)
-    machine = dataclasses.replace(CPU, device=gpu, dtype="bfloat16")
-    machine.send = lambda x: torch.empty(x.shape, dtype=x.dtype, device=gpu)
+def test_a_step_stays_on_the_gpu(script, flags, fake_gpu):
+    """On fake CUDA tensors what mixes devices raises, and so does what needs a value on the host.
+    Pairs, forward pass under bf16 autocast, clipping, fused optimiser and moving average; a
+    backward pass would need a driver."""
     small = "--preset=demo" if script == pretrain else "--image_size=64 --mixup=0 --cutmix=0"
     cfg = config(*small.split(), *flags.split(), script=script)
     net = pretrain.build_model(cfg) if script == pretrain else finetune.build_model(cfg, 3)
-    with torch._subclasses.fake_tensor.FakeTensorMode():
-        on_fake_gpu(net, gpu)
+    with fake_gpu.pretending:
+        on_fake_gpu(net, fake_gpu.device)
         if script == pretrain:
-            images, u = (torch.empty(4, 3, 64, 64, dtype=torch.uint8, device=gpu),
-                         torch.empty(4, cfg.exemplars + 1, crop.UNIFORMS, device=gpu))
-            pairs = pretrain.make_pairs(images, u, cfg)
-            with machine.autocast():
+            pairs = pretrain.make_pairs(*fake_batch(cfg, fake_gpu), cfg)
+            with fake_gpu.autocast():
                 loss, logits = net(*pairs[:3])
             assert logits.dtype == torch.float32
         elif cfg.segments:
             images = torch.empty(4, 4, 64, 64, dtype=torch.uint8)
-            loss = finetune.segmenter_loss(machine)(net, images, None)
+            loss = finetune.segmenter_loss(fake_gpu)(net, images, None)
         else:
             images, numbers = torch.empty(4, 3, 64, 64, dtype=torch.uint8), torch.empty(4).long()
-            loss = finetune.classifier_loss(cfg, [0, 1, 2, 1], 3, machine)(net, images, numbers)
-        assert (loss.device, loss.dtype) == (gpu, torch.float32)
+            loss = finetune.classifier_loss(cfg, [0, 1, 2, 1], 3, fake_gpu)(net, images, numbers)
+        assert (loss.device, loss.dtype) == (fake_gpu.device, torch.float32)
         parameters = [p for p in net.parameters() if p.requires_grad]
         for p in parameters:
             p.grad = torch.empty_like(p)
@@ -2074,6 +2073,30 @@ def test_a_step_stays_on_the_gpu(script, flags, monkeypatch):
         torch.optim.AdamW(parameters, fused=True).step()
         if script == pretrain:
             net.update_target(0.99)
+
+
+@pytest.mark.parametrize("model", ["vit_d8", "resnet50"])
+def test_a_step_compiles_into_four_graphs(model, fake_gpu, monkeypatch):
+    """The pairs, the encoder (or its block) for exemplars and for contexts, and the decoder's layer
+    are each compiled once and whole: not again in later steps, nor after an evaluation."""
+    from torch._dynamo.testing import CompileCounter
+    torch._dynamo.reset()
+    counter, compile = CompileCounter(), nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile",
+                        lambda part, **how: compile(part, backend=counter, **how))
+    make = torch.compile(pretrain.make_pairs, backend=counter, fullgraph=True, dynamic=False)
+    cfg = config("--preset=demo", f"--model={model}", "--transforms=both")
+    cim = pretrain.build_model(cfg)
+    with fake_gpu.pretending:
+        cim = pretrain.accelerate(on_fake_gpu(cim, fake_gpu.device), fake_gpu)
+        for _ in range(3):
+            pairs = make(*fake_batch(cfg, fake_gpu), cfg)
+            with fake_gpu.autocast():
+                cim(*pairs[:3])
+            cim.update_target(0.9)
+            assert counter.frame_count == 4
+            with pretrain.measuring(cim, fake_gpu):
+                cim(*(x[:3] for x in pairs[:3]))
 
 
 WAITS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::masked_select"}
