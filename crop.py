@@ -58,6 +58,8 @@ def largest_area(ratio, rotation):
 
 def check_crops(scale, ratio, rotation):
     """Raise InputError unless boxes of these ranges fit the context at every angle and aspect."""
+    if ratio[0] <= 0 or rotation < 0:
+        raise InputError(f"ratios {ratio} are above 0, and the rotation {rotation} is at least 0")
     largest = largest_area(ratio, rotation)
     if not 0 < scale[0] <= min(scale[1], largest + 1e-9) <= 1 or ratio[0] > ratio[1]:
         raise InputError(f"areas {scale} and ratios {ratio} go from low to high. Areas begin above "
@@ -253,7 +255,10 @@ def orientation(image):
 
 
 def to_rgb(image):
-    """Any Pillow mode to 8-bit RGB, as `convert` does it; 16-bit gray keeps its high byte."""
+    """Any Pillow mode to 8-bit RGB, as `convert` does it; 16-bit gray keeps its high byte. Raises
+    ValueError for floating-point pixels, whose range is unknown."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers")
     if image.mode.startswith("I"):
         image = Image.fromarray((np.asarray(image) >> 8).clip(0, 255).astype(np.uint8))
     return image if image.mode == "RGB" else image.convert("RGB")
@@ -302,7 +307,8 @@ def cut_context(image, rng, size, scale=(0.5, 1.0), flip=0.5, augment=None):
 
 def cut_centre(image, rng, size, ratio=0.95):
     """PIL image -> the square in its middle, `ratio` of the shorter side, as uint8 [3, size, size];
-    rng is not used. It equals resizing that side to size / ratio and cropping the middle."""
+    rng is not used. It equals resizing that side to size / ratio and cropping the middle, up to the
+    rounding to whole pixels."""
     def middle(width, height):
         side = ratio * min(width, height)
         return (width - side) / 2, (height - side) / 2, side, side

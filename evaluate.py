@@ -47,7 +47,7 @@ class Config:
 
     bench: Literal["top1", "knn", "fgsm", "pgd", "imagenet_c", "imagenet_a", "imagenet_r",
                    "imagenet_sketch", "miou", "maps", "features"] = "top1"  # what to measure
-    ckpt: str = "out/finetune/model.pt"  # knn, features: any weights, or scratch; maps: ckpt.pt
+    ckpt: str = "out/finetune/model.pt"  # knn, features: an encoder, or scratch; maps: ckpt.pt
     model: Literal[("auto", *ENCODERS)] = "auto"  # the encoder, for --ckpt=scratch
     data: str = "data/imagenet"  # val/CLASS/* or CLASS/*, a built-in source; miou: as ADE20K
     classes: str = ""  # a file with the names of the class folders to keep, one a line
@@ -93,15 +93,14 @@ def main(argv=None):
 # --------------------------------------------------------------------------------- 3. the model
 
 def load_model(cfg, machine, segments=False):
-    """-> (the classifier, or the segmenter, of a model.pt, ready on the device; the file, with its
-    config as a Recipe). Raises InputError where the file is none."""
+    """-> (the classifier, or the segmenter, of a model.pt, ready on the device; the file). Raises
+    InputError where the file is none."""
     _, state, saved = read_weights(cfg.ckpt)
     if "classes" not in saved or segments != (saved["config"]["recipe"] == "segment"):
         raise InputError(f"{cfg.ckpt!r} is no model.pt of finetune.py with a "
                          f"{'segmenter' if segments else 'classifier'}, which --bench={cfg.bench} "
                          "takes")
-    saved["config"] = Recipe(**saved["config"])
-    model = build_model(saved["config"], len(saved["classes"]))
+    model = build_model(Recipe(**saved["config"]), len(saved["classes"]))
     load_weights(model, state, cfg.ckpt, head=True)
     return model.to(machine.device).eval(), saved
 
@@ -118,25 +117,35 @@ def frozen_encoder(cfg, machine):
     return model.to(machine.device).eval()
 
 
-def rows_to_score(cfg, recipe, saved, machine):
+def as_in_run(cfg, saved):
+    """-> cfg with the seed and the classes by which the run of a saved file drew its held-out
+    images from cfg.data; None where it drew none from there. Raises InputError where the folder has
+    other images or classes now: other ones would be drawn."""
+    splits = [os.path.isdir(os.path.join(cfg.data, split)) for split in ("train", "val")]
+    if not saved or all(splits) or os.path.realpath(cfg.data) != saved["identity"].get("data"):
+        return None
+    run = saved["config"]
+    cfg = dataclasses.replace(cfg, seed=run["seed"], classes=cfg.classes or run["classes"])
+    source = crop.open_images(cfg.data, "train", crop.read_classes(cfg.classes))
+    if [len(source), source.classes] != [saved["identity"][x] for x in ("images", "classes")]:
+        raise InputError(f"{cfg.data!r} has other images or --classes than when the run held some "
+                         "of them out")
+    return cfg
+
+
+def rows_to_score(cfg, saved, machine):
     """-> (a source, the numbers of its images to score): val/ of a folder, or where there is none
     the images that the run of the file `saved` held out, if it was trained on this folder, else
-    all. Raises InputError where it held out others: for other --classes or numbers of images."""
-    splits = [os.path.isdir(os.path.join(cfg.data, split)) for split in ("train", "val")]
-    same = os.path.realpath(cfg.data) == saved["identity"].get("data")
-    if same and not all(splits):
-        if cfg.classes not in ("", recipe.classes):
-            raise InputError("--classes has to be that of the run, which held images out of these")
+    all."""
+    if run := as_in_run(cfg, saved):
         _, (source, rows), _ = crop.train_and_val(
-            cfg.data, recipe.seed, crop.read_classes(recipe.classes))
-        if len(source) != saved["identity"]["images"]:
-            raise InputError(f"{cfg.data!r} has {len(source)} images, and had others when the run "
-                             "held some of them out")
+            run.data, run.seed, crop.read_classes(run.classes))
         machine.say(f"{len(rows)} images that the run held out of {cfg.data}")
     else:
         source = crop.open_images(cfg.data, "val", crop.read_classes(cfg.classes))
         rows = range(len(source))
-        machine.say(f"all {len(rows)} images of {cfg.data}{'/val' if splits[1] else ''}")
+        val = "/val" if os.path.isdir(os.path.join(cfg.data, "val")) else ""
+        machine.say(f"all {len(rows)} images of {cfg.data}{val}")
     return source, rows
 
 
@@ -155,9 +164,9 @@ def top1(cfg, machine, attack=None):
     """Top-1 and top-5 accuracy of a classifier on centre crops as in validation."""
     model, saved = load_model(cfg, machine)
     recipe = saved["config"]
-    source, rows = rows_to_score(cfg, recipe, saved, machine)
+    source, rows = rows_to_score(cfg, saved, machine)
     labels, rows = labelled_rows(source, rows, saved["classes"], cfg.data)
-    crops = centre_crops(source, rows, recipe.test_size, recipe.test_crop)
+    crops = centre_crops(source, rows, recipe["test_size"], recipe["test_crop"])
     return accuracy(model, Batches(crops, machine, cfg.workers), labels, machine, attack=attack)
 
 
@@ -195,13 +204,11 @@ def vote(queries, bank, labels, classes, k, temperature):
 
 def knn(cfg, machine):
     """Weighted k-nearest-neighbour accuracy of an encoder's frozen features: training images vote.
-    The features are the encoder's tokens, pooled. Of a folder without val/ those images are
-    classified that the encoder's run held out, by the seed in the config.json beside it."""
-    model, seed = frozen_encoder(cfg, machine), cfg.seed
-    config = os.path.join(os.path.dirname(cfg.ckpt), "config.json")
-    if cfg.ckpt != "scratch" and os.path.exists(config):
-        seed = json.load(open(config)).get("seed", seed)
-    (train, rows), (val, val_rows), sentence = labelled_data(dataclasses.replace(cfg, seed=seed))
+    The features are the encoder's tokens, pooled. Of a folder without val/ a slice is classified:
+    the one that the encoder's run held out, which the ckpt.pt beside it tells, else by --seed."""
+    model, ckpt = frozen_encoder(cfg, machine), os.path.join(os.path.dirname(cfg.ckpt), "ckpt.pt")
+    run = None if cfg.ckpt == "scratch" else as_in_run(cfg, load_checkpoint(ckpt))
+    (train, rows), (val, val_rows), sentence = labelled_data(run or cfg)
     machine.say(sentence)
     sides = []
     for source, wanted in ((train, rows), (val, val_rows)):
@@ -255,7 +262,7 @@ def folder_accuracy(model, saved, folder, cfg, machine, ratio, only_these=False)
     if only_these:
         among = labels[rows].unique()
         labels = torch.searchsorted(among, labels)
-    crops = centre_crops(source, rows, saved["config"].test_size, ratio)
+    crops = centre_crops(source, rows, saved["config"]["test_size"], ratio)
     score = accuracy(model, Batches(crops, machine, cfg.workers), labels, machine, among)
     return score, len(source.classes)
 
@@ -265,7 +272,7 @@ def subset(cfg, machine):
     name; only these are predicted."""
     model, saved = load_model(cfg, machine)
     score, classes = folder_accuracy(model, saved, cfg.data, cfg, machine,
-                                     saved["config"].test_crop, only_these=True)
+                                     saved["config"]["test_crop"], only_these=True)
     machine.say(f"protocol: {classes} of the model's {len(saved['classes'])} classes have a folder "
                 "here; only they are predicted")
     return {cfg.bench: score["top1"], "top5": score["top5"], "clean": saved["score"]["top1"],
@@ -316,7 +323,7 @@ def miou(cfg, machine):
     image, truth, prediction."""
     model, saved = load_model(cfg, machine, segments=True)
     recipe = saved["config"]
-    source = Scenes(cfg.data, "validation", recipe.labels)
+    source = Scenes(cfg.data, "validation", recipe["labels"])
     shown = set(np.linspace(0, len(source) - 1, cfg.pictures).astype(int).tolist())
 
     def show(number, image, labels, found):
@@ -328,7 +335,7 @@ def miou(cfg, machine):
 
     scenes = crop.Samples(source, range(len(source)), 0, whole_scene, replace=False)
     images = Batches(scenes, machine, cfg.workers, 1)
-    return mean_iou(model, images, recipe.labels, recipe.test_size, machine, show)
+    return mean_iou(model, images, recipe["labels"], recipe["test_size"], machine, show)
 
 
 # --------------------------------------------------------------------------- 8. maps, Figures 5, 6
@@ -341,7 +348,7 @@ def maps(cfg, machine):
     recipe = pretrain.Config(**saved["config"])
     cim = pretrain.build_model(recipe)
     cim.load_state_dict(saved["model"])
-    source, rows = rows_to_score(cfg, recipe, saved, machine)
+    source, rows = rows_to_score(cfg, saved, machine)
     if isinstance(rows, range):  # for varied pictures
         rows = np.random.default_rng(recipe.seed).permutation(rows).tolist()
     held_out = pretrain.HeldOut(source, rows, recipe, machine, cfg.workers, keep=False)
@@ -363,7 +370,7 @@ def features(cfg, machine):
     pca.png, the six, with the first three principal components of their patch tokens as red, green
     and blue."""
     model = frozen_encoder(cfg, machine)
-    source, rows = rows_to_score(cfg, None, dict(identity={}), machine)  # all of them
+    source, rows = rows_to_score(cfg, None, machine)  # all of them
     crops = centre_crops(source, rows, cfg.size, 0.95)
     found, numbers = normalised_features(
         model, Batches(crops, machine, cfg.workers), len(source), machine)
@@ -381,7 +388,7 @@ def features(cfg, machine):
             x = crop.normalize(machine.send(images).float() / 255)
             tokens = model.encoder(x)[:, model.encoder.prefix:]  # [6, N, D]
         tokens = tokens - tokens.mean((0, 1))
-        axes = torch.linalg.svd(tokens.flatten(0, 1)).Vh[:3]
+        axes = torch.linalg.svd(tokens.flatten(0, 1), full_matrices=False).Vh[:3]
         colours = as_grid(tokens @ axes.T)  # [6, 3, side, side]
         low, high = colours.amin((0, 2, 3), True), colours.amax((0, 2, 3), True)
         colours = (255 * (colours - low) / (high - low)).byte().cpu()

@@ -51,7 +51,7 @@ from pretrain import (Batches, Progress, accelerate, at_work, learning_rate, loa
 class Config:
     """The paper's recipe for ViT-B/16, Table 10. A field's type parses its flag, its comment is the
     flag's line in --help. Fields marked `segment` are read by that recipe alone; it does not read
-    those from test_crop to cutmix, nor loss, smoothing, bce_threshold and frozen."""
+    those from test_crop to cutmix, nor classes, loss, smoothing, bce_threshold and frozen."""
 
     recipe: Literal["vit_b", "vit_s", "resnet50_100", "resnet50_300", "linear", "segment",
                     "demo"] = "vit_b"  # values for the fields; flags win
@@ -399,7 +399,7 @@ LEFT = ("head.", "fc.", "fc_norm.", "norm.", "pyramid.", "auxiliary.",  # of oth
 
 
 # What wrappers put in front of all names: DDP, torch.compile, backbones, ours.
-WRAPPERS = r"^((module|_orig_mod|backbone|base_encoder|encoder|online)\.)*"
+WRAPPERS = r"^((module|_orig_mod|backbone|encoder|online)\.)*"
 
 
 def read_weights(path):
@@ -476,6 +476,8 @@ def choose_encoder(cfg):
         raise InputError(f"the weights are of {name}, not of {cfg.model}")
     if name == "resnet50" and (cfg.drop_path or cfg.segments):
         raise InputError("--recipe: resnet50_100, resnet50_300 and linear are for resnet50")
+    if name != "resnet50" and SCRATCH.get(cfg.recipe) == "resnet50":
+        raise InputError(f"--recipe={cfg.recipe} is for resnet50, and the weights are of {name}")
     patch = ENCODERS[name][2] if ENCODERS[name] else 1
     if cfg.image_size % patch or cfg.test_size % patch:
         raise InputError(f"--image_size and --test_size are multiples of {patch} for {name}")

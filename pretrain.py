@@ -18,10 +18,10 @@ stop here:
 
     7. command line   8. machine   9. loader   10. checkpoint and log   11. signals   12. --bench
 
-A run is a function of its config and seed: the images, crops and uniform numbers of step s are
-follow from the seed and s alone, so the number of workers and processes, the micro-batch and
-interruptions change nothing but the rounding of floats (with BatchNorm its statistics too), and a
-checkpoint needs no loader state.
+A run is a function of its config and seed: the images, crops and uniform numbers of step s follow
+from the seed and s alone, so the number of workers and processes, the micro-batch and interruptions
+change nothing but the rounding of floats (with BatchNorm its statistics too), and a checkpoint
+needs no loader state.
 """
 
 import argparse
@@ -104,7 +104,7 @@ class Config:
     model: Literal[tuple(ENCODERS)] = "vit_b16"  # the encoder
     freeze_patch_embed: switch = True  # keep a ViT's patch embedding as initialised
     bootstrap: Literal[tuple(BOOTSTRAPS)] = "online_exemplar"  # Table 2; shared weights: no tau
-    decoder: Literal[("cim", *TRACKERS)] = "cim"  # a tracker (Table 4) reads none of those below
+    decoder: Literal[("cim", *TRACKERS)] = "cim"  # trackers (Table 4): no bootstrap, no next five
     decoder_width: int = 512  # channels, a multiple of 32; one head for each 32 (Figure 4d)
     decoder_depth: int = 1  # correlation layers (Figure 4c)
     correlation: Literal[tuple(CORRELATIONS)] = "cross_attention"  # Figure 4a
@@ -185,6 +185,9 @@ class Plan(NamedTuple):
 def make_plan(cfg, machine, images):
     """The Plan of a config on this machine, printed. Raises InputError where a batch cannot be
     divided, or has more images than there are."""
+    counts = "batch_size", "micro_batch", "log_every", "save_every", "eval_every", "eval_epochs"
+    if small := [f"--{name}" for name in counts if getattr(cfg, name, 1) < 1]:
+        raise InputError(f"{', '.join(small)}: at least 1")
     share, rest = divmod(cfg.batch_size, machine.world)
     per_epoch = images // cfg.batch_size
     if rest or not per_epoch:
@@ -195,7 +198,7 @@ def make_plan(cfg, machine, images):
         near = machine.world * cfg.micro_batch * max(1, round(share / cfg.micro_batch))
         raise InputError(f"the {share} images of a process divide into micro-batches of {micro} "
                          f"only; --batch_size {near} would divide well")
-    total = cfg.epochs * per_epoch or hasattr(cfg, "steps") and cfg.steps
+    total = cfg.epochs * per_epoch or getattr(cfg, "steps", 0)  # fine-tuning counts in epochs
     if total < 1:
         raise InputError("no step to train: --epochs is 0")
     plan = Plan(images, micro, share // micro, per_epoch, total, min(total, cfg.max_steps or total),
@@ -433,8 +436,8 @@ def train(cfg, machine, signals):
             held_out.paint(cim, f"{cfg.out}/maps/{done:07d}.png", count=1)
         return score
 
-    progress = Progress(cfg, machine, plan, dict(images=len(source)), cim, optimizer, signals,
-                        measure, cfg.eval_every)
+    data = dict(images=len(source), classes=list(source.classes))
+    progress = Progress(cfg, machine, plan, data, cim, optimizer, signals, measure, cfg.eval_every)
     start = 0 if cfg.bench else progress.resume()
     if cfg.init and not start:
         begin_with(cim, cfg, machine)
@@ -476,7 +479,8 @@ def train(cfg, machine, signals):
         return bench_report(cfg, machine, progress.ticks)
     if machine.rank == 0:
         for name, encoder in (("encoder", cim.online), ("target", cim.target)):
-            save_file(f"{cfg.out}/{name}.pt", lambda f: torch.save(encoder.state_dict(), f))
+            weights = {key: value.cpu() for key, value in encoder.state_dict().items()}
+            save_file(f"{cfg.out}/{name}.pt", lambda f: torch.save(weights, f))
         machine.say(f"{progress.finished(start)}: {cfg.out}/encoder.pt, and its average, "
                     "target.pt. Look at maps.png and curves.png there.")
         if progress.row["skill"] < 0.02:
@@ -639,7 +643,9 @@ def make_loader(dataset, batches, workers, machine):
     """A loader of `batches`: lists of keys of crop.Samples. workers < 0 takes the cores at hand, 16
     at most."""
     if workers < 0:
-        workers = min(16, os.cpu_count() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+        able = hasattr(os, "sched_getaffinity")  # on Linux, where Slurm may lend some cores only
+        cores = len(os.sched_getaffinity(0)) if able else os.cpu_count()
+        workers = min(16, cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     return torch.utils.data.DataLoader(
         dataset, batch_sampler=batches, num_workers=workers, collate_fn=crop.collate,
         worker_init_fn=quiet_worker, pin_memory=machine.device.type == "cuda",
@@ -726,7 +732,7 @@ class Progress:
         saved, log, rows, done = load_checkpoint(self.path), f"{self.cfg.out}/log.jsonl", [], 0
         if saved:
             mine, theirs = self.identity, saved["identity"]
-            differ = [f"{k} ({theirs.get(k)} there, {mine.get(k)} here)"
+            differ = [f"{k} ({theirs.get(k)!s:.60} there, {mine.get(k)!s:.60} here)"
                       for k in sorted(mine.keys() | theirs.keys()) if mine.get(k) != theirs.get(k)]
             if differ:
                 raise InputError(f"{self.path!r} belongs to a run that differs in "

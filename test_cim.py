@@ -384,6 +384,8 @@ def test_every_kind_of_picture_becomes_rgb(tmp_path):
         shown = image.convert("RGB").getpixel((0, 0)) if mode != "I;16" else (128, 128, 128)
         got = crop.cut_context(image, np.random.default_rng(0), 16)
         assert (got.int() - torch.tensor(shown).view(3, 1, 1)).abs().max() <= 2
+    with pytest.raises(ValueError, match="floating-point"):  # of an unknown range
+        crop.to_rgb(Image.new("F", (4, 4)))
 
 
 def test_a_context_is_the_random_resized_crop_of_the_upright_photo(tmp_path):
@@ -1229,26 +1231,32 @@ def test_the_three_scripts_one_after_the_other(classes3, tmp_path):
 
 
 def test_a_run_is_scored_on_what_it_held_out(tmp_path):
-    """A folder without val/: its own run's slice is scored, n and score are that run's; another
-    folder is scored whole. Other --classes than the run's would change the slice, and so would one
-    more image: errors. The skill of the maps is that of the run's last row."""
-    for place, count in ("own/ant", 30), ("own/bee", 30), ("other/ant", 4), ("other/bee", 5):
+    """A folder without val/: the slice that the run held out is scored, among the run's classes,
+    and n and score are the run's. Another folder is scored whole, by k-NN a slice. Other classes
+    would change the slice, and so would one more image: errors."""
+    for place, count in (("own/ant", 30), ("own/bee", 30), ("own/cat", 30),
+                         ("other/ant", 4), ("other/bee", 5)):
         save_images(tmp_path / place, count, seed=count)
-    row = tune(tmp_path / "fine", tmp_path / "own", "--max_steps=2")[-1]
-    pre = demo(tmp_path / "pre", f"--data={tmp_path / 'own'}", "--max_steps=1")[-1]
-    (tmp_path / "list").write_text("ant\nbee")
+    for name, words in ("run's", "ant bee"), ("others", "bee cat"):
+        (tmp_path / name).write_text("\n".join(words.split()))
+    own, classes = f"--data={tmp_path}/own", f"--classes={tmp_path}/run's"
+    row = tune(tmp_path / "fine", tmp_path / "own", classes, "--max_steps=2")[-1]
+    pre = demo(tmp_path / "pre", own, classes, "--max_steps=1")[-1]
     assert (row["n"], pre["n"]) == (15, 15)
-    for bench, out, run in ("top1", "fine/model.pt", row), ("maps", "pre/ckpt.pt", pre):
-        flags = [f"--bench={bench}", f"--ckpt={tmp_path / out}"]
+    for bench, out, run, n in (("knn", "pre/encoder.pt", pre, 2), ("top1", "fine/model.pt", row, 9),
+                               ("maps", "pre/ckpt.pt", pre, 9)):
+        flags = [f"--bench={bench}", f"--ckpt={tmp_path / out}", "--size=32"]
         got = score(tmp_path, *flags, f"--data={tmp_path}/fine/../own/")
-        assert got["n"] == run["n"] and got.get("top1") == pytest.approx(run.get("top1"))
-        assert score(tmp_path, *flags, f"--data={tmp_path}/other")["n"] == 9
+        assert got["n"] == run["n"] and score(tmp_path, *flags, own, classes)["n"] == run["n"]
+        assert got.get("top1", run.get("top1")) == pytest.approx(run.get("top1"))
+        assert got.get("skill", run.get("skill")) == pytest.approx(run.get("skill"))
+        assert score(tmp_path, *flags, f"--data={tmp_path}/other")["n"] == n
         with pytest.raises(InputError, match="--classes"):
-            score(tmp_path, *flags, f"--data={tmp_path}/own", f"--classes={tmp_path}/list")
-        assert got.get("skill") == pytest.approx(run.get("skill"))
+            score(tmp_path, *flags, own, f"--classes={tmp_path}/others")
     save_images(tmp_path / "own/bee", 31)
-    with pytest.raises(InputError, match="61 images"):
-        score(tmp_path, *flags, f"--data={tmp_path}/own")
+    for flags in flags, ["--bench=knn", f"--ckpt={tmp_path}/pre/encoder.pt", "--size=32"]:
+        with pytest.raises(InputError, match="other images"):
+            score(tmp_path, *flags, own)
 
 
 def test_the_centre_crop_equals_torchvisions():
@@ -1696,6 +1704,9 @@ def odd(tmp_path_factory):
     (demo, "--data={odd}/loose --batch_size=4 --out={odd}/loose/x", "among the images"),
     (demo, "--data={odd}/splits", "call them train and val"),
     (demo, "--steps=5", "--epochs and --steps"),
+    (demo, "--rotation=-45", "rotation"),
+    (demo, "--eval_every=0 --batch_size=0", "--batch_size, --eval_every: at least 1"),
+    (tune, "--recipe=resnet50_100 --init={odd}/model.pt", "is for resnet50"),
     (demo, "--out={odd}/model.pt/x", "no folder to write to"),
     (tune, "--init={odd}/none.pt", "none.pt"),
     (tune, "--data={odd}/y --micro_batch=1 --batch_size=2 --mixup=0.8", "two images"),
@@ -1780,8 +1791,8 @@ def test_no_code_in_a_checkpoint_is_run(tmp_path):
 
 
 def test_a_checkpoint_of_another_run_names_the_fields(tmp_path, classes3):
-    """Other values are an error that names them, and so are another number of images and another
-    order of the classes. Flags of the machine may change, and the spelling of the data's folder."""
+    """Other values are an error that names them, and so are another number of images and other
+    classes. Flags of the machine may change, and the spelling of the data's folder."""
     photos, out, names = tmp_path / "photos", tmp_path / "out", tmp_path / "names.txt"
     save_images(photos, 20)
     demo(out, f"--data={photos}", "--max_steps=1")
@@ -1792,12 +1803,13 @@ def test_a_checkpoint_of_another_run_names_the_fields(tmp_path, classes3):
     (photos / "003.jpg").unlink()
     with pytest.raises(InputError, match=r"images \(20 there, 19 here\)"):
         demo(out, f"--data={photos}", "--max_steps=3")
-    flags = f"--classes={names}", "--max_steps=1"
-    names.write_text("ant\nbee\ncat")
-    tune(tmp_path / "run", classes3, *flags)
-    names.write_text("ant\ncat\nbee")
-    with pytest.raises(InputError, match="classes"):
-        tune(tmp_path / "run", classes3, *flags)
+    flags = f"--classes={names}", f"--data={classes3}", "--max_steps=1"
+    for run in partial(demo, tmp_path / "pre"), partial(tune, tmp_path / "fine", classes3):
+        names.write_text("ant\nbee")
+        run(*flags)
+        names.write_text("bee\ncat")
+        with pytest.raises(InputError, match=r"classes \(\['ant', 'bee'\] there, \['bee', "):
+            run(*flags)
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path):
