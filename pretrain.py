@@ -194,6 +194,7 @@ def make_plan(cfg, machine, images):
         raise InputError(f"--batch_size {cfg.batch_size} must divide over {machine.world} "
                          f"processes and be at most {images}, the number of images to train on")
     micro = max(k for k in range(1, min(cfg.micro_batch, share) + 1) if share % k == 0)
+    machine.micro = micro
     if 4 * micro < min(cfg.micro_batch, share):
         near = machine.world * cfg.micro_batch * max(1, round(share / cfg.micro_batch))
         raise InputError(f"the {share} images of a process divide into micro-batches of {micro} "
@@ -516,11 +517,8 @@ def run(main):
     status 1; anything else keeps its traceback."""
     try:
         main()
-    except (InputError, torch.OutOfMemoryError) as error:
+    except InputError as error:
         reason = str(error).split("InputError: ")[-1].strip()  # without a worker's traceback
-        if isinstance(error, torch.OutOfMemoryError):
-            reason = ("the GPU's memory is full. In training give half of the images that the line "
-                      "`batch` names for a micro-batch, --micro_batch=N")
         print(f"{os.path.basename(sys.argv[0])}: {reason}", file=sys.stderr, flush=True)
         sys.exit(1)
     except KeyboardInterrupt:
@@ -543,6 +541,7 @@ class Machine:
     world: int
     dtype: str  # float32 or bfloat16
     compile: bool
+    micro: int = 0  # images at once in training, once make_plan knows it
 
     def autocast(self):
         """bf16 for matrix products and convolutions, fp32 for the weights and sums."""
@@ -625,7 +624,11 @@ def setup_machine(cfg):
         dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=rank,
                                 world_size=world, device_id=machine.device if cuda else None,
                                 timeout=timedelta(hours=2))  # for a long scan of a slow disk
-    yield machine
+    try:
+        yield machine
+    except torch.OutOfMemoryError as error:
+        advice = f": give --micro_batch={machine.micro // 2}" if machine.micro > 1 else ""
+        raise InputError(f"the GPU's memory is full{advice}") from error
     if world > 1:  # not after an error: the others may not be there any more
         dist.destroy_process_group()
 

@@ -67,6 +67,11 @@ def config(*flags, script=pretrain):
     return pretrain.parse_config(script.Config, presets, flags)
 
 
+def raises(error, *_):
+    """partial(raises, ERROR) stands for a function that fails."""
+    raise error
+
+
 def save_images(folder, count, size=(70, 60), ext=".jpg", seed=0):
     """Small smooth pictures, different ones."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -1824,6 +1829,14 @@ def test_a_loss_that_is_not_finite_stops_with_its_step(tmp_path):
     assert not (tmp_path / "encoder.pt").exists()
 
 
+def test_a_full_gpu_memory_is_named_with_half_the_micro_batch(tmp_path, classes3, monkeypatch):
+    """And the same command with it goes on: the micro-batch may change."""
+    with monkeypatch.context() as patch, pytest.raises(InputError, match="--micro_batch=4$"):
+        patch.setattr(model.CIM, "forward", partial(raises, torch.OutOfMemoryError))
+        demo(tmp_path, f"--data={classes3}", "--max_steps=1")
+    demo(tmp_path, f"--data={classes3}", "--max_steps=1", "--micro_batch=4")
+
+
 def test_a_run_leaves_what_the_design_says(tmp_path):
     """The first and the last step are logged; measures stand in the rows where held-out images were
     looked at. The first loss is ln 2. config.json names the encoder that is in encoder.pt."""
@@ -1972,9 +1985,7 @@ def test_what_a_run_prints_as_next_works_as_printed(tmp_path, classes3, capsys):
 
 def test_a_run_survives_a_closed_output(classes3, tmp_path, monkeypatch):
     """When nobody reads what a run prints (`| head -1`), it goes on to its end."""
-    def gone(*_):
-        raise BrokenPipeError
-
+    gone = partial(raises, BrokenPipeError)
     monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(write=gone, flush=gone))
     demo(tmp_path, f"--data={classes3}", "--max_steps=1")
     assert (tmp_path / "encoder.pt").exists()
