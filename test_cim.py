@@ -962,7 +962,7 @@ def test_gflop_per_image_equals_the_hand_count():
 def test_every_field_is_read(script):
     """No field is a flag that nothing reads."""
     text = "".join(open(module.__file__).read() for module in (script, finetune, pretrain))
-    read = {"preset", "compile", *re.findall(r"\bcfg\.(\w+)", text)}  # compile: by getattr
+    read = {"preset", *re.findall(r'\bcfg(?:\.|, ")(\w+)', text)}  # also by getattr
     assert vars(config(script=script)).keys() <= read
 
 
