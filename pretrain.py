@@ -528,6 +528,8 @@ def run(main):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # the loader would complain
         for worker in multiprocessing.active_children():  # they ignore SIGTERM
             worker.kill()
+        if getattr(sys.exc_info()[1], "code", None) == STOPPED:
+            os._exit(STOPPED)  # at once: as Python shuts down, a thread of gloo's can abort it
 
 
 # -------------------------------------------------------------------------------- 8. the machine
