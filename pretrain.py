@@ -529,7 +529,7 @@ def run(main):
         for worker in multiprocessing.active_children():  # they ignore SIGTERM
             worker.kill()
         if getattr(sys.exc_info()[1], "code", None) == STOPPED:
-            os._exit(STOPPED)  # at once: as Python shuts down, a thread of gloo's can abort it
+            os._exit(STOPPED)  # while Python shuts down, a thread of gloo can abort the process
 
 
 # -------------------------------------------------------------------------------- 8. the machine

@@ -1638,6 +1638,13 @@ def test_a_signal_that_comes_twice_is_one_and_a_later_one_ends_at_once(tmp_path)
     assert (result.stdout, result.returncode) == ("True\nTrue\n", -signal.SIGTERM), result.stderr
 
 
+def test_a_stopped_run_does_not_wait_for_python_to_shut_down():
+    """A thread of gloo can abort it then: torchrun would see -6 in place of 75."""
+    result = command("-c", "import atexit, pretrain, sys; atexit.register(print, 'too late')\n"
+                           "pretrain.run(lambda: sys.exit(pretrain.STOPPED))")
+    assert (result.returncode, result.stdout) == (75, ""), result.stderr
+
+
 @pytest.mark.soak
 def test_thirty_kills_at_any_moment(tmp_path, long):
     """The same with 1050 steps and 30 kills, some amid a save: the checkpoint is always whole."""
