@@ -339,8 +339,9 @@ def train(cfg, machine, signals):
             scene_data(cfg) if cfg.segments else labelled_data(cfg))
     machine.say(f"data     {cfg.data}: {sentence}\nmodel    {cfg.model} from {cfg.init}")
     plan = make_plan(cfg, machine, len(rows))
-    if plan.micro == 1 and (cfg.mixup or cfg.cutmix):
-        raise InputError("MixUp and CutMix need two images: a larger --batch_size or --micro_batch")
+    if (plan.share - 1) % plan.micro == 0 and (cfg.mixup or cfg.cutmix):
+        raise InputError("MixUp and CutMix need two images in each micro-batch: give another "
+                         "--batch_size or --micro_batch")
     data = dict(images=len(source), classes=source.classes)
     model, optimizer = build(cfg, len(source.classes), machine, weights)
     if cfg.segments:
@@ -375,7 +376,7 @@ def train(cfg, machine, signals):
             draws = np.random.SeedSequence((cfg.seed, 7, step, k, machine.rank))  # stream 7
             torch.manual_seed(int(draws.generate_state(1, np.uint64)[0]))
             with machine.accumulating(wrapped, last=k == plan.accumulate - 1):
-                part = loss_of(wrapped, images, numbers) / plan.accumulate
+                part = loss_of(wrapped, images, numbers) * (len(images) / plan.share)
                 part.backward()
             loss = loss + part.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)

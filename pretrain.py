@@ -173,7 +173,8 @@ class Plan(NamedTuple):
     """The arithmetic of a run: what a process handles at once, how many steps there are."""
 
     images: int  # to train on
-    micro: int  # contexts a process handles at once
+    share: int  # contexts of a step, for each process
+    micro: int  # contexts a process handles at once, at most
     accumulate: int  # micro-batches a step, for each process
     per_epoch: int  # steps
     total: int  # steps that the schedules span
@@ -193,19 +194,16 @@ def make_plan(cfg, machine, images):
     if rest or not per_epoch:
         raise InputError(f"--batch_size {cfg.batch_size} must divide over {machine.world} "
                          f"processes and be at most {images}, the number of images to train on")
-    micro = max(k for k in range(1, min(cfg.micro_batch, share) + 1) if share % k == 0)
-    machine.micro = micro
-    if 4 * micro < min(cfg.micro_batch, share):
-        near = machine.world * cfg.micro_batch * max(1, round(share / cfg.micro_batch))
-        raise InputError(f"the {share} images of a process divide into micro-batches of {micro} "
-                         f"only; --batch_size {near} would divide well")
+    accumulate = math.ceil(share / cfg.micro_batch)
+    machine.micro = micro = math.ceil(share / accumulate)  # the last one may be smaller
     total = cfg.epochs * per_epoch or getattr(cfg, "steps", 0)  # fine-tuning counts in epochs
     if total < 1:
         raise InputError("no step to train: --epochs is 0")
-    plan = Plan(images, micro, share // micro, per_epoch, total, min(total, cfg.max_steps or total),
-                round(cfg.warmup_epochs * per_epoch), cfg.lr * cfg.batch_size / cfg.lr_batch)
+    plan = Plan(images, share, micro, accumulate, per_epoch, total,
+                min(total, cfg.max_steps or total), round(cfg.warmup_epochs * per_epoch),
+                cfg.lr * cfg.batch_size / cfg.lr_batch)
     machine.say(f"batch    {cfg.batch_size} = {machine.world} x {machine.device}, {machine.dtype}, "
-                f"x {plan.accumulate} micro-batches x {micro} images\n"
+                f"in {accumulate} micro-batches of up to {micro} images\n"
                 f"lr       {cfg.lr:g} x {cfg.batch_size} / {cfg.lr_batch} = {plan.peak:.3g}, after "
                 f"{plan.warmup} steps of warm-up\n"
                 f"steps    {per_epoch} an epoch, {total} in all")
@@ -219,7 +217,7 @@ def micro_batches(cfg, plan, rank, steps, repeats=1):
     its part of the slice. With repeated augmentation each image comes `repeats` times in a step (at
     the border of a batch its repeats can fall into two steps), each time cropped as in another
     epoch, and an epoch shows 1 / repeats of the images."""
-    share, shuffled = plan.micro * plan.accumulate, None
+    shuffled = None
     for step in steps:
         epoch, step_of_epoch = divmod(step, plan.per_epoch)
         if epoch != shuffled:
@@ -229,8 +227,8 @@ def micro_batches(cfg, plan, rank, steps, repeats=1):
         keys = [(epoch * repeats + j % repeats, order[j // repeats])
                 for j in range(begin, begin + cfg.batch_size)]
         keys = [key for k in range(repeats) for key in keys[k::repeats]]  # repeats lie far apart
-        mine = keys[rank * share:][:share]
-        for i in range(0, share, plan.micro):
+        mine = keys[rank * plan.share:][:plan.share]
+        for i in range(0, plan.share, plan.micro):
             yield mine[i:i + plan.micro]
 
 
@@ -463,7 +461,7 @@ def train(cfg, machine, signals):
             with machine.accumulating(wrapped, last=k == plan.accumulate - 1):
                 with machine.autocast():
                     part, _ = wrapped(context, exemplars, maps)
-                part = part / plan.accumulate
+                part = part * (len(rows) / plan.share)
                 part.backward()
             loss = loss + part.detach()
         grad_norm = torch.nn.utils.clip_grad_norm_(parameters, cfg.clip or math.inf)
@@ -488,7 +486,7 @@ def train(cfg, machine, signals):
             machine.say("Its skill is below 0.02: the task is not learned. With another --out, "
                         "give it more time, another --lr, or an easier task (--transforms, "
                         "--rotation)")
-        machine.say(f"Next:\n{next_commands(cfg, source)}")
+        machine.say(f"Next:\n{next_commands(cfg)}")
 
 
 # =========================================================== what the three scripts share: plumbing
@@ -853,23 +851,12 @@ def write_row(cfg, machine, plan, row):
         machine.say("  ".join([*shown, f"left {timedelta(seconds=round(left))}"]))
 
 
-def next_commands(cfg, source):
-    """The commands that show what an encoder has learned: its maps, the neighbours of images and,
-    where images have labels, k-NN and a linear probe, or after the demo fine-tuning."""
-    m, labelled = cfg.context_size, int((np.asarray(source.labels) >= 0).sum())
-    encoder, data = f"{cfg.out}/encoder.pt", [f"--data={cfg.data}"]
-    data += [f"--classes={cfg.classes}"] if cfg.classes else []
-    data += [f"--seed={cfg.seed}"] if cfg.seed else []
-    commands = [["evaluate.py", "--bench=maps", f"--ckpt={cfg.out}/ckpt.pt"],
-                ["evaluate.py", "--bench=features", f"--size={m}", f"--ckpt={encoder}"]]
-    if labelled and len(source.classes) > 1:
-        batch = min(1024, 2 ** max(1, (labelled // 2).bit_length() - 1))
-        probe = ["--recipe=linear", f"--image_size={m}", f"--test_size={m}",
-                 f"--batch_size={batch}"]
-        commands += [["evaluate.py", "--bench=knn", f"--size={m}", f"--ckpt={encoder}"],
-                     ["finetune.py", *(["--recipe=demo"] if cfg.data == "shapes" else probe),
-                      f"--init={encoder}", f"--out={cfg.out}_tuned"]]
-    return "\n".join(shlex.join(["python", *words, *data]) for words in commands)
+def next_commands(cfg):
+    """The commands that show what a run has learned: its maps, and the neighbours of images."""
+    return "\n".join(
+        shlex.join(["python", "evaluate.py", *words, f"--data={cfg.data}"]) for words in (
+            ["--bench=maps", f"--ckpt={cfg.out}/ckpt.pt"],
+            ["--bench=features", f"--size={cfg.context_size}", f"--ckpt={cfg.out}/encoder.pt"]))
 
 
 # ---------------------------------------------------------------------------------- 11. signals
