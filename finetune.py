@@ -17,8 +17,8 @@ In the order in which things happen:
     7. segmentation  what is different where every pixel has a label (4.4, Table 7)
 
 The images and crops of step s are seeded by (seed, s) as in pretrain.py. MixUp, CutMix, drop path
-and dropout are seeded by (seed, s, process): an interrupted run goes on bit for bit on the same
-number of processes with the same micro-batch.
+and dropout are seeded by (seed, s, micro-batch, process): an interrupted run goes on bit for bit on
+the same number of processes with the same --micro_batch.
 """
 
 import argparse
@@ -164,8 +164,8 @@ def labelled_data(cfg):
     rows, val_rows = (np.asarray(r)[np.asarray(source.labels)[r] >= 0]
                       for source, r in ((train, rows), (val, val_rows)))
     if not len(rows) or not len(val_rows) or len(train.classes) < 2:
-        raise InputError(f"{cfg.data!r} needs images of at least two classes in train/CLASS/* and "
-                         f"val/CLASS/*, but has {len(rows)} and {len(val_rows)}")
+        raise InputError(f"{cfg.data!r} needs images of at least two classes, in CLASS/* or in "
+                         f"train/CLASS/* and val/CLASS/*, but has {len(rows)} and {len(val_rows)}")
     sentence += f"; {len(rows)} and {len(val_rows)} of {len(train.classes)} classes are labelled"
     return (train, rows), (val, val_rows), sentence
 
@@ -339,9 +339,10 @@ def train(cfg, machine, signals):
             scene_data(cfg) if cfg.segments else labelled_data(cfg))
     machine.say(f"data     {cfg.data}: {sentence}\nmodel    {cfg.model} from {cfg.init}")
     plan = make_plan(cfg, machine, len(rows))
-    if (plan.share - 1) % plan.micro == 0 and (cfg.mixup or cfg.cutmix):
-        raise InputError("MixUp and CutMix need two images in each micro-batch: give another "
-                         "--batch_size or --micro_batch")
+    if plan.share // plan.accumulate == 1 and (
+            cfg.mixup or cfg.cutmix or cfg.frozen or cfg.segments):
+        raise InputError("MixUp, CutMix and BatchNorm need two images in each micro-batch: give a "
+                         "larger --batch_size or --micro_batch")
     data = dict(images=len(source), classes=source.classes)
     model, optimizer = build(cfg, len(source.classes), machine, weights)
     if cfg.segments:

@@ -1,6 +1,6 @@
 """pretrain.py: self-supervised pre-training by Correlational Image Modeling (Table 9).
 
-    python pretrain.py --preset=demo                                  a laptop, four minutes
+    python pretrain.py --preset=demo                                  two CPU cores, five minutes
     python pretrain.py --preset=imagenette                            one GPU
     torchrun --nproc_per_node=8 pretrain.py --data=/data/imagenet     the paper's run
 
@@ -19,9 +19,9 @@ stop here:
     7. command line   8. machine   9. loader   10. checkpoint and log   11. signals   12. --bench
 
 A run is a function of its config and seed: the images, crops and uniform numbers of step s follow
-from the seed and s alone, so the number of workers and processes, the micro-batch and interruptions
-change nothing but the rounding of floats (with BatchNorm its statistics too), and a checkpoint
-needs no loader state.
+from the seed and s alone. So an interruption and the number of workers change nothing on a CPU,
+the number of processes and the micro-batch change the rounding of floats (with BatchNorm its
+statistics too), and a checkpoint needs no loader state.
 """
 
 import argparse
@@ -100,7 +100,7 @@ class Config:
     blur: number = 0.5  # probability of Gaussian blur
     solarize: number = 0.2  # probability of solarisation
     # model
-    init: str = ""  # weights to begin with: ours, timm's, torchvision's; no fine-tuned ViT
+    init: str = ""  # weights to begin with, see the README; no fine-tuned ViT
     model: Literal[tuple(ENCODERS)] = "vit_b16"  # the encoder
     freeze_patch_embed: switch = True  # keep a ViT's patch embedding as initialised
     bootstrap: Literal[tuple(BOOTSTRAPS)] = "online_exemplar"  # Table 2; shared weights: no tau
@@ -195,7 +195,7 @@ def make_plan(cfg, machine, images):
         raise InputError(f"--batch_size {cfg.batch_size} must divide over {machine.world} "
                          f"processes and be at most {images}, the number of images to train on")
     accumulate = math.ceil(share / cfg.micro_batch)
-    machine.micro = micro = math.ceil(share / accumulate)  # the last one may be smaller
+    machine.micro = micro = math.ceil(share / accumulate)  # some may have one less
     total = cfg.epochs * per_epoch or getattr(cfg, "steps", 0)  # fine-tuning counts in epochs
     if total < 1:
         raise InputError("no step to train: --epochs is 0")
@@ -203,7 +203,7 @@ def make_plan(cfg, machine, images):
                 min(total, cfg.max_steps or total), round(cfg.warmup_epochs * per_epoch),
                 cfg.lr * cfg.batch_size / cfg.lr_batch)
     machine.say(f"batch    {cfg.batch_size} = {machine.world} x {machine.device}, {machine.dtype}, "
-                f"in {accumulate} micro-batches of up to {micro} images\n"
+                f"micro-batches: {accumulate}, of up to {micro} images\n"
                 f"lr       {cfg.lr:g} x {cfg.batch_size} / {cfg.lr_batch} = {plan.peak:.3g}, after "
                 f"{plan.warmup} steps of warm-up\n"
                 f"steps    {per_epoch} an epoch, {total} in all")
@@ -228,8 +228,8 @@ def micro_batches(cfg, plan, rank, steps, repeats=1):
                 for j in range(begin, begin + cfg.batch_size)]
         keys = [key for k in range(repeats) for key in keys[k::repeats]]  # repeats lie far apart
         mine = keys[rank * plan.share:][:plan.share]
-        for i in range(0, plan.share, plan.micro):
-            yield mine[i:i + plan.micro]
+        for part in np.array_split(mine, plan.accumulate):
+            yield [*map(tuple, part.tolist())]
 
 
 def uniforms(cfg, stream, count):
@@ -455,7 +455,7 @@ def train(cfg, machine, signals):
             group["lr"] = lr * group["scale"]  # which parameter_groups has set
         loss = 0
         mine = u.chunk(machine.world)[machine.rank]
-        for k, rows in enumerate(mine.split(plan.micro)):
+        for k, rows in enumerate(mine.tensor_split(plan.accumulate)):
             contexts, _ = progress.fetch(loader)
             context, exemplars, maps, _ = make(machine.send(contexts), machine.send(rows), cfg)
             with machine.accumulating(wrapped, last=k == plan.accumulate - 1):

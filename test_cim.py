@@ -1494,7 +1494,7 @@ def test_two_classes_are_learned_and_measured(scenes, tmp_path):
     """In seconds a segmenter, begun with a classifier's weights, tells ellipses from ground. The
     score is that of a plain loop, on two processes too; pictures show truth and prediction."""
     save_classifier(tmp_path / "classifier.pt", ["ant", "bee"])
-    rows = tune(tmp_path, scenes, *SCENES, f"--init={tmp_path}/classifier.pt", "--epochs=40",
+    rows = tune(tmp_path, scenes, *SCENES, f"--init={tmp_path}/classifier.pt", "--epochs=20",
                 "--warmup_epochs=2", "--lr=8e-3", "--layer_decay=1", "--log_every=40",
                 "--eval_epochs=20")
     flags = ["--bench=miou", f"--ckpt={tmp_path}/model.pt", f"--data={scenes}", "--pictures=2"]
@@ -1722,6 +1722,7 @@ def odd(tmp_path_factory):
     (demo, "--out={odd}/model.pt/x", "no folder to write to"),
     (tune, "--init={odd}/none.pt", "none.pt"),
     (tune, "--data={odd}/y --micro_batch=1 --batch_size=2 --mixup=0.8", "two images"),
+    (tune, "--data={odd}/y --micro_batch=1 --batch_size=2 --frozen=true", "two images"),
     (tune, " ".join(SCENES) + " --data={odd}/one --max_steps=1", "fewer than two classes"),
     (score, "--ckpt={odd}/model.pt --bench=knn --data={odd}/x", "is a fine-tuned classifier"),
     (score, "--ckpt={odd}/model.pt --data={odd}/x --out={odd}/model.pt/x", "no folder to write to"),
@@ -1744,10 +1745,10 @@ def test_what_cannot_work_is_named(run, flags, words, odd, tmp_path, capsys):
 
 def test_batches_are_divided_evenly():
     """A batch is divided over the processes, a process's share into micro-batches of at most
-    --micro_batch images, of which the last one may be smaller."""
+    --micro_batch images, of which some may have one less."""
     three = dataclasses.replace(CPU, world=3)
     for batch, micro, sizes in (96, 256, [32]), (12288, 256, [256] * 16), (96, 9, [8] * 4), (
-            111, 16, [13, 13, 11]):
+            111, 16, [13, 12, 12]):
         cfg = config(f"--batch_size={batch}", f"--micro_batch={micro}")
         plan = pretrain.make_plan(cfg, three, 20_000)
         assert [len(b) for b in pretrain.micro_batches(cfg, plan, 0, [0])] == sizes
