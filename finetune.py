@@ -339,8 +339,8 @@ def train(cfg, machine, signals):
             scene_data(cfg) if cfg.segments else labelled_data(cfg))
     machine.say(f"data     {cfg.data}: {sentence}\nmodel    {cfg.model} from {cfg.init}")
     plan = make_plan(cfg, machine, len(rows))
-    if plan.share // plan.accumulate == 1 and (
-            cfg.mixup or cfg.cutmix or cfg.frozen or cfg.segments):
+    if plan.share // plan.accumulate == 1 and (  # with more processes its BatchNorm sees them all
+            cfg.mixup or cfg.cutmix or cfg.frozen or cfg.segments and machine.world == 1):
         raise InputError("MixUp, CutMix and BatchNorm need two images in each micro-batch: give a "
                          "larger --batch_size or --micro_batch")
     data = dict(images=len(source), classes=source.classes)
