@@ -167,7 +167,8 @@ def top1(cfg, machine, attack=None):
     source, rows = rows_to_score(cfg, saved, machine)
     labels, rows = labelled_rows(source, rows, saved["classes"], cfg.data)
     crops = centre_crops(source, rows, recipe["test_size"], recipe["test_crop"])
-    return accuracy(model, Batches(crops, machine, cfg.workers), labels, machine, attack=attack)
+    score = accuracy(model, Batches(crops, machine, cfg.workers), labels, machine, attack=attack)
+    return score | dict(size=recipe["test_size"])
 
 
 # --------------------------------------------------------------------------------------- 5. k-NN
@@ -217,7 +218,8 @@ def knn(cfg, machine):
         sides.append((features, machine.send(torch.tensor(source.labels)[numbers])))
     (bank, bank_labels), (queries, labels) = sides
     chosen = vote(queries, bank, bank_labels, len(train.classes), cfg.k, cfg.temperature)
-    return dict(knn=100 * (chosen == labels).float().mean().item(), n=len(labels), bank=len(bank))
+    return dict(knn=100 * (chosen == labels).float().mean().item(), n=len(labels), bank=len(bank),
+                size=cfg.size, k=cfg.k, temperature=cfg.temperature)
 
 
 # --------------------------------------------------------------------------- 6. robustness, Table 8
@@ -251,7 +253,9 @@ def attacked(cfg, machine):
         return perturb(model, x, y, start * eps, eps, cfg.step / 255, cfg.steps)
 
     score = top1(cfg, machine, fgsm if cfg.bench == "fgsm" else pgd)
-    return {cfg.bench: score["top1"], "clean": top1(cfg, machine)["top1"], "n": score["n"]}
+    steps = dict(step=cfg.step, steps=cfg.steps) if cfg.bench == "pgd" else {}
+    return {cfg.bench: score["top1"], "clean": top1(cfg, machine)["top1"], "n": score["n"],
+            "eps": cfg.eps, **steps}
 
 
 def folder_accuracy(model, saved, folder, cfg, machine, ratio, only_these=False):
@@ -395,7 +399,7 @@ def features(cfg, machine):
         save_tiles(f"{folder_of(cfg)}/pca.png",
                    [[F.interpolate(x[None], TILE)[0] for x in row] for row in (images, colours)])
         machine.say(f"wrote features.npz, neighbours.png and pca.png into {folder_of(cfg)}")
-    return dict(width=found.shape[1], n=len(found))
+    return dict(width=found.shape[1], n=len(found), size=cfg.size)
 
 
 def tile(source, i, size):

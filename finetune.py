@@ -337,10 +337,14 @@ def train(cfg, machine, signals):
     with machine.first():  # Imagenette may have to be downloaded
         (source, rows), (val, val_rows), sentence = (
             scene_data(cfg) if cfg.segments else labelled_data(cfg))
-    machine.say(f"data     {cfg.data}: {sentence}\nmodel    {cfg.model} from {cfg.init}")
+    machine.say(f"data     {cfg.data}: {sentence}\n"
+                f"model    {cfg.model} from {cfg.init}, with the recipe {cfg.recipe} for "
+                f"{SCRATCH.get(cfg.recipe, 'any encoder')}, trained at {cfg.image_size} pixels, "
+                f"tested at {cfg.test_size}")
     plan = make_plan(cfg, machine, len(rows))
-    if plan.share // plan.accumulate == 1 and (  # with more processes its BatchNorm sees them all
-            cfg.mixup or cfg.cutmix or cfg.frozen or cfg.segments and machine.world == 1):
+    synchronised = cfg.segments and machine.world > 1 and machine.device.type == "cuda"
+    if plan.share // plan.accumulate == 1 and not synchronised and (
+            cfg.mixup or cfg.cutmix or cfg.frozen or cfg.segments):
         raise InputError("MixUp, CutMix and BatchNorm need two images in each micro-batch: give a "
                          "larger --batch_size or --micro_batch")
     data = dict(images=len(source), classes=source.classes)

@@ -853,10 +853,10 @@ def write_row(cfg, machine, plan, row):
 
 def next_commands(cfg):
     """The commands that show what a run has learned: its maps, and the neighbours of images."""
-    return "\n".join(
-        shlex.join(["python", "evaluate.py", *words, f"--data={cfg.data}"]) for words in (
-            ["--bench=maps", f"--ckpt={cfg.out}/ckpt.pt"],
-            ["--bench=features", f"--size={cfg.context_size}", f"--ckpt={cfg.out}/encoder.pt"]))
+    data = [f"--data={cfg.data}"] + ([f"--classes={cfg.classes}"] if cfg.classes else [])
+    return "\n".join(shlex.join(["python", "evaluate.py", *words, *data]) for words in (
+        ["--bench=maps", f"--ckpt={cfg.out}/ckpt.pt"],
+        ["--bench=features", f"--size={cfg.context_size}", f"--ckpt={cfg.out}/encoder.pt"]))
 
 
 # ---------------------------------------------------------------------------------- 11. signals
