@@ -170,11 +170,10 @@ PRESETS = {
 #   7 (step, micro-batch, process) MixUp, CutMix, drop path          8 (image) the start of PGD
 
 class Plan(NamedTuple):
-    """The arithmetic of a run: what a process handles at once, how many steps there are."""
+    """The arithmetic of a run: how a step is divided, how many steps there are."""
 
     images: int  # to train on
     share: int  # contexts of a step, for each process
-    micro: int  # contexts a process handles at once, at most
     accumulate: int  # micro-batches a step, for each process
     per_epoch: int  # steps
     total: int  # steps that the schedules span
@@ -199,9 +198,8 @@ def make_plan(cfg, machine, images):
     total = cfg.epochs * per_epoch or getattr(cfg, "steps", 0)  # fine-tuning counts in epochs
     if total < 1:
         raise InputError("no step to train: --epochs is 0")
-    plan = Plan(images, share, micro, accumulate, per_epoch, total,
-                min(total, cfg.max_steps or total), round(cfg.warmup_epochs * per_epoch),
-                cfg.lr * cfg.batch_size / cfg.lr_batch)
+    plan = Plan(images, share, accumulate, per_epoch, total, min(total, cfg.max_steps or total),
+                round(cfg.warmup_epochs * per_epoch), cfg.lr * cfg.batch_size / cfg.lr_batch)
     machine.say(f"batch    {cfg.batch_size} = {machine.world} x {machine.device}, {machine.dtype}, "
                 f"micro-batches: {accumulate}, of up to {micro} images\n"
                 f"lr       {cfg.lr:g} x {cfg.batch_size} / {cfg.lr_batch} = {plan.peak:.3g}, after "

@@ -1982,6 +1982,19 @@ def test_a_newcomers_commands_work(section, tmp_path, monkeypatch, capsys):
     assert {"curves.png", "maps.png"} <= {path.name for path in tmp_path.rglob("*.png")}
 
 
+def test_what_a_run_prints_as_next_works_as_printed(tmp_path, classes3, capsys):
+    """Also with spaces in the paths; it keeps to the class folders of the run."""
+    data, kept = shutil.copytree(classes3, tmp_path / "my data"), tmp_path / "my classes"
+    kept.write_text("\n".join(sorted(os.listdir(data / "val"))[:2]))
+    demo(tmp_path / "my run", f"--data={data}", f"--classes={kept}", "--max_steps=1")
+    printed = re.findall(r"^python .*", capsys.readouterr().out, re.M)
+    follow(printed)
+    count = sum(len(os.listdir(data / "val" / name)) for name in kept.read_text().split())
+    scores = [json.loads((tmp_path / "my run" / name).read_text())["n"]
+              for name in ("maps.json", "features.json")]
+    assert len(printed) == 2 and scores == [count, count]
+
+
 def test_a_run_survives_a_closed_output(classes3, tmp_path, monkeypatch):
     """When nobody reads what a run prints (`| head -1`), it goes on to its end."""
     gone = partial(raises, BrokenPipeError)
