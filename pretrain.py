@@ -729,7 +729,7 @@ class Progress:
         """Put ckpt.pt, if there is one, into model and optimiser, and cut log.jsonl where it ends.
         A row with measures, or one that is missing, is made again: a run can have ended between
         checkpoint and row. -> the number of steps done. Raises InputError naming the fields in
-        which the checkpoint's run is another one."""
+        which the checkpoint's run is another one, and where processes find different ones."""
         saved, log, rows, done = load_checkpoint(self.path), f"{self.cfg.out}/log.jsonl", [], 0
         if saved:
             mine, theirs = self.identity, saved["identity"]
@@ -742,6 +742,9 @@ class Progress:
             self.model.load_state_dict(saved["model"])
             self.optimizer.load_state_dict(saved["optimizer"])
             self.row, done = saved["row"], saved["row"]["step"]
+        if self.machine.max(done) != -self.machine.max(-done):  # on several machines
+            raise InputError(f"the processes found different checkpoints in {self.cfg.out!r}: "
+                             "--out has to be a folder that all machines share")
         if self.machine.rank == 0:
             with contextlib.suppress(FileNotFoundError, ValueError):  # no log; a torn row
                 for row in map(json.loads, open(log)):

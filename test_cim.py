@@ -1675,6 +1675,13 @@ def test_torchrun_restarts_stops_and_changes_its_size(tmp_path, long):
     torch.testing.assert_close(one, two, atol=1e-4, rtol=1e-3)
 
 
+def test_processes_that_find_different_checkpoints_refuse(tmp_path, long, monkeypatch):
+    """Where --out is not shared, one machine would begin anew and another one would go on."""
+    monkeypatch.setattr(pretrain.Machine, "max", lambda self, number: max(number, 3))
+    with pytest.raises(InputError, match="all machines share"):
+        demo(tmp_path, *long[0])
+
+
 def test_the_log_follows_the_checkpoint(tmp_path, long, monkeypatch):
     """A step's checkpoint precedes its row. A run that ends between the two, while it measures,
     goes on with measuring; a row that was cut short is written again."""
