@@ -565,7 +565,9 @@ class Shapes:
         # A pixel belongs to the centre with the least ax (x - cx)^2 + ay (y - cy)^2: one product.
         terms = np.stack([x * x, x, y * y, y, np.ones_like(x)], 1)
         factors = np.stack([ax, -2 * ax * cx, ay, -2 * ay * cy, ax * cx * cx + ay * cy * cy])
-        patch = (terms @ factors.astype(np.float32)).argmin(1)
+        factors = torch.from_numpy(factors).float()
+        # Not NumPy's product, whose threads spin and would take the cores from the network.
+        patch = (torch.from_numpy(terms) @ factors).argmin(1).numpy()
         motif = np.where(rng.random(n) < 0.75, i % motifs, rng.integers(0, motifs, n))
         angle, period = rng.uniform(0, 2 * math.pi, n), rng.uniform(4.5, 7.5, n)
         table = np.stack([np.cos(angle) / period, np.sin(angle) / period, period], 1)
